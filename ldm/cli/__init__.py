@@ -1,0 +1,1 @@
+"""The command line: composes a config with Hydra and runs what it describes."""

@@ -1,0 +1,171 @@
+"""Runs a command after the commands that it requires, each in its own run folder, skipping what is there already."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.cli.compose import compose_command, group_options
+from ldm.cli.console import heading, rank, say
+from ldm.cli.errors import UserError, user_mistakes
+from ldm.cli.provenance import redact_override
+from ldm.cli.run_folder import RUN_ID_VARIABLE, RunFolder, latest_finished
+
+# Commands that have a run folder; each module's `produce` fills it and returns the result.
+PRODUCERS = ("train", "shard", "encode")
+# What torchrun and srun tell a process. Links run on rank 0 alone and must not see it.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One command of a chain, composed."""
+
+    command: str
+    overrides: tuple[str, ...]
+    config: DictConfig
+
+    @property
+    def title(self) -> str:
+        """The command as a user types it after `ldm`."""
+        return shlex.join([self.command, *map(redact_override, self.overrides)])
+
+
+@dataclass
+class _Chain:
+    """The chain under way: the folder of each link that has run or was there."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+
+
+_active: list[_Chain] = []
+
+
+def run_chain(command: str, config: DictConfig, overrides: Sequence[str]) -> RunFolder:
+    """Runs what the config requires and then the command itself; returns the folder of the latter.
+
+    Raises:
+        UserError: a link is wrong, requires itself, or cannot be built.
+    """
+    register_resolver()
+    links = [*plan(config), Link(command, tuple(overrides), config)]
+    chain = _Chain()
+    _active.append(chain)
+    try:
+        for number, link in enumerate(links, 1):
+            folder = _run_link(link, f"[{number}/{len(links)}] " if len(links) > 1 else "", is_last=link is links[-1])
+            chain.folders[folder.path.parent.name] = folder.path
+    finally:
+        _active.pop()
+    return folder
+
+
+def plan(config: DictConfig) -> list[Link]:
+    """What a config requires, requirements of requirements first, each once; `paths` and `inherit` hold for all."""
+    found: dict[str, Link] = {}
+    _collect(config, config, found, under=())
+    return list(found.values())
+
+
+def register_resolver() -> None:
+    """Makes `${result:NAME}` mean the folder of the link NAME in this chain, else of its newest finished run."""
+    OmegaConf.register_new_resolver("result", _result, replace=True)
+
+
+def _collect(config: DictConfig, main: DictConfig, found: dict[str, Link], *, under: tuple[str, ...]) -> None:
+    for line in config.get("requires") or []:
+        if line in under:
+            raise UserError(f"requires: `{line}` requires itself ({' -> '.join([*under, line])}); break the circle")
+        if line in found:
+            continue
+        link = _compose_link(line, main)
+        _collect(link.config, main, found, under=(*under, line))
+        found[line] = link
+
+
+def _compose_link(line: str, main: DictConfig) -> Link:
+    command, *overrides = shlex.split(line) or [""]
+    if command not in PRODUCERS:
+        raise UserError(f"requires: got `{line}`, expected one of {', '.join(PRODUCERS)} and its overrides")
+    if command == "train":
+        overrides += main.get("inherit") or []
+    try:
+        config = compose_command(command, overrides)
+    except UserError as error:
+        raise UserError(f"requires: `{line}`: {error}") from error
+    config.paths = main.paths
+    return Link(command, tuple(overrides), config)
+
+
+def _run_link(link: Link, prefix: str, *, is_last: bool) -> RunFolder:
+    with user_mistakes():
+        folder = RunFolder.of(link.config, command=link.command)
+    where = shown(folder.path)
+    if folder.finished:
+        say(f"{prefix}{link.title}: finished before, nothing to do ({where})")
+        return folder
+    if not is_last and rank():
+        return _wait_for(folder)
+    if prefix:
+        heading(f"{prefix}{link.title}")
+    say(f"run folder: {where}", style="dim")
+    produce = import_module(f"ldm.cli.{link.command}").produce
+    hidden = () if is_last else LAUNCHER_VARIABLES
+    with folder.hold(f"ldm {link.title}"), _environment(folder, hidden=hidden):
+        started = time.monotonic()
+        result: dict[str, Any] = produce(folder)
+        folder.finish({"seconds": round(time.monotonic() - started, 1), **result})
+    return folder
+
+
+def _wait_for(folder: RunFolder) -> RunFolder:
+    """Other ranks wait for rank 0 to run a link."""
+    while not folder.finished:
+        time.sleep(1)
+    return folder
+
+
+@contextmanager
+def _environment(folder: RunFolder, *, hidden: Sequence[str]) -> Iterator[None]:
+    """Lets a link see its run id and no hidden variables; what Lightning sets for the link goes with it."""
+    saved = dict(os.environ)
+    for name in hidden:
+        os.environ.pop(name, None)
+    os.environ[RUN_ID_VARIABLE] = folder.path.name
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def _result(name: str, *, _root_: DictConfig) -> str:
+    """Resolves `${result:NAME}` to a path under this config's `paths.runs`."""
+    runs = Path(_root_.paths.runs)
+    chain = _active[-1] if _active else _Chain()
+    if name not in chain.folders:
+        found = latest_finished(runs, name=name)
+        if found is None:
+            raise FileNotFoundError(f"no finished run of {name} under {runs}; run `{_command_for(name)}` first")
+        chain.folders[name] = found
+    folder = chain.folders[name]
+    return str(runs / folder.parent.name / folder.name)
+
+
+def _command_for(name: str) -> str:
+    """The command that most likely makes the result of this name."""
+    return f"ldm shard dataset={name}" if name in group_options("dataset") else f"ldm train experiment={name}"
+
+
+def shown(path: Path) -> str:
+    """The path as seen from here, where that is shorter."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,38 @@
+"""What the commands say: one console, silent on every rank but the first."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+from rich.text import Text
+
+# Exit codes.
+USER_ERROR, INTERRUPTED = 2, 130
+
+_OUT = Console(highlight=False, soft_wrap=True)
+_ERR = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+def rank() -> int:
+    """This process's number among those that a launcher started together (0 without a launcher)."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def say(line: str, *, style: str = "") -> None:
+    """Prints a line on standard output, from rank 0 alone."""
+    if rank() == 0:
+        _OUT.print(Text(line, style=style))
+
+
+def heading(line: str) -> None:
+    """Prints a line that begins a part of the work."""
+    say(line, style="bold")
+
+
+def complain(line: str) -> None:
+    """Prints a one-line error on standard error."""
+    _ERR.print(Text.assemble(("error: ", "bold red"), line))

@@ -1,0 +1,71 @@
+"""A run folder, a checkpoint or a weights file becomes a model again, from the config that was saved with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from ldm.cli.build import build
+from ldm.cli.run_folder import newest_checkpoint, run_folder_of
+from ldm.generation import TextToImage
+from ldm.nn.weights import read_weights
+from ldm.training import LatentDiffusionModule
+from ldm.training.frozen import restore_frozen
+
+
+def load(path: Path | str, *, device: str | None = None) -> TextToImage:
+    """A trained latent-diffusion model with `.sample(prompts, seeds=...) -> list of PIL images`.
+
+    Args:
+        path: a run folder, a checkpoint (.ckpt), or weights (.safetensors).
+        device: None takes the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path, or the autoencoder that it names is gone.
+        ValueError: what lies there is not a latent-diffusion model.
+    """
+    file = weights_of(Path(path))
+    config, state = read(file)
+    model = build_model(config, run_folder_of(file.absolute()))
+    # A checkpoint is of the whole module, weights to use are of its moving average alone.
+    target = model.ema.module if file.suffix == ".safetensors" else model
+    target.load_state_dict(restore_frozen(target, state))
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")).pipeline()
+
+
+def weights_of(path: Path) -> Path:
+    """The file to load: the path itself, or the best that a run folder holds."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"got {path}, where there is nothing; expected a run folder, a .ckpt or a .safetensors file"
+        )
+    weights = path / "weights.safetensors"
+    return weights if weights.is_file() else newest_checkpoint(path)
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(config, state dict) of a weights file or of a checkpoint."""
+    if file.suffix == ".safetensors":
+        state, _, config = read_weights(file)
+        return config, state
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    if "config" not in checkpoint:
+        raise ValueError(f"got {file}, a checkpoint without a config, expected one that `ldm train` wrote")
+    return checkpoint["config"], checkpoint["state_dict"]
+
+
+def build_model(config: dict[str, Any], folder: Path | None) -> LatentDiffusionModule:
+    """The untrained module of a config; its autoencoder comes from the run folder, where that has a copy."""
+    model = config.get("model") or {}
+    copy = folder / "autoencoder.safetensors" if folder else None
+    if copy and copy.is_file() and "path" in (model.get("autoencoder") or {}):
+        model["autoencoder"]["path"] = str(copy)
+    built = build(OmegaConf.create(model))
+    if not isinstance(built, LatentDiffusionModule):
+        raise ValueError(f"got a trained {type(built).__name__}, expected a LatentDiffusionModule; name another run")
+    return built

@@ -1,0 +1,274 @@
+"""A run's folder: found again by the same command, held by one process, marked when finished."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.cli.console import rank, say
+from ldm.cli.errors import UserError
+from ldm.cli.provenance import environment, redact
+
+# Set for the ranks that Lightning starts itself: a run_id that is counted up must be the same for all.
+RUN_ID_VARIABLE = "LDM_RUN_ID"
+# What changes no result, and so leaves the run the same run.
+WITHOUT_EFFECT = (
+    "paths",
+    "run_id",
+    "run_dir",
+    "resume",
+    "requires",
+    "inherit",
+    "next_step",
+    "logger",
+    "callback.progress",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.default_root_dir",
+)
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, `<paths.runs>/<name>/<run_id>`.
+
+    Args:
+        path: the folder; it need not exist yet.
+        command: the command that fills it, such as "train".
+        config: the run's config with everything resolved.
+    """
+
+    path: Path
+    command: str
+    config: DictConfig
+
+    @classmethod
+    def of(cls, config: DictConfig, *, command: str) -> RunFolder:
+        """The run that a composed config describes; resolves the config in place.
+
+        Raises:
+            ValueError: the name or the id cannot be a folder's, or `resume` is a path that does not exist.
+        """
+        config.paths.runs = str(Path(config.paths.runs).expanduser().absolute())
+        _check_resume(config)
+        # Mistakes show here, and `result` notes which runs it means before `digest` hides the places.
+        OmegaConf.to_container(config, resolve=True)
+        path = Path(config.paths.runs) / _safe("name", config.name) / _safe("run_id", config.run_id or digest(config))
+        if config.get("resume") == "never":
+            path = _unused(path)
+        config.run_id, config.run_dir = path.name, str(path)
+        OmegaConf.resolve(config)
+        return cls(path, command, config)
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The config as nested dicts and lists, with credentials hidden: what may be written down."""
+        container: dict[str, Any] = redact(OmegaConf.to_container(self.config))
+        return container
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is there."""
+        return (self.path / "result.json").is_file()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @contextmanager
+    def hold(self, command_line: str) -> Iterator[None]:
+        """Makes the folder, takes it for this process alone, and records config, command and environment.
+
+        A folder that was made only to find that a setting is wrong goes again.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if rank():
+            yield
+            return
+        fresh = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path):
+            self._record(command_line)
+            try:
+                yield
+            except UserError:
+                if fresh and not self.checkpoints.exists():
+                    shutil.rmtree(self.path)
+                raise
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Writes result.json, the mark of a finished run, last and whole."""
+        if rank() == 0:
+            head = {"command": self.command, "name": self.path.parent.name, "run_id": self.path.name}
+            write_json(self.path / "result.json", {**head, **result})
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """The newest checkpoint that is whole, or what `resume` names, or None for a fresh start."""
+        for path in sorted(self.checkpoints.glob("*.ckpt"), key=_age, reverse=True):
+            if is_whole(path):
+                return path
+            say(f"{path.name} is damaged; going back to an older checkpoint", style="yellow")
+        asked = self.config.get("resume")
+        return newest_checkpoint(Path(asked)) if asked not in (None, "auto", "never") else None
+
+    def _record(self, command_line: str) -> None:
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            leftover.unlink()
+        _replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain_config)))
+        with (self.path / "command.txt").open("a") as file:
+            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {command_line}\n")
+        write_json(self.path / "environment.json", environment())
+
+
+def digest(config: DictConfig) -> str:
+    """Eight hexadecimal digits of what decides the result: the resolved config without places and displays."""
+    probe = copy.deepcopy(config)
+    for key in probe.paths:
+        probe.paths[key] = f"<{key}>"
+    probe.run_id, probe.run_dir = "<run_id>", "<run_dir>"
+    start = config.get("resume")
+    OmegaConf.resolve(probe)
+    container = redact(OmegaConf.to_container(probe))
+    for key in WITHOUT_EFFECT:
+        _drop(container, key)
+    if start not in (None, "auto", "never"):
+        container["resume"] = str(Path(start).absolute())
+    text = json.dumps(container, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def finished_runs(runs: Path, *, name: str | None = None) -> list[Path]:
+    """Folders of finished runs under `runs`, the newest first; of one name, if given."""
+    marks = runs.glob(f"{name or '*'}/*/result.json")
+    return [mark.parent for mark in sorted(marks, key=lambda mark: mark.stat().st_mtime, reverse=True)]
+
+
+def latest_finished(
+    runs: Path, *, name: str | None = None, accept: Callable[[Path], bool] = lambda folder: True
+) -> Path | None:
+    """The newest finished run that `accept` accepts, or None."""
+    return next(filter(accept, finished_runs(runs, name=name)), None)
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """The run folder that a run folder, a checkpoint or a weights file belongs to, or None."""
+    return next((folder for folder in (path, *path.parents) if (folder / "config.yaml").is_file()), None)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or the newest whole one of a run folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    candidates = sorted(path.glob("checkpoints/*.ckpt"), key=_age, reverse=True) if path.is_dir() else [path]
+    for candidate in candidates:
+        if is_whole(candidate):
+            return candidate
+    raise ValueError(f"resume: got {path}, expected a whole checkpoint or a run folder with one")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is there, by the checksums of its zip archive; unpickles nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in one move; tensors and NumPy numbers become plain ones, paths become text."""
+    _replace(path, json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _age(path: Path) -> tuple[int, float]:
+    """Orders checkpoints by the step in their name, and by time where there is none."""
+    step = re.search(r"step=(\d+)", path.name)
+    return (int(step[1]) if step else -1, path.stat().st_mtime)
+
+
+def _check_resume(config: DictConfig) -> None:
+    asked = config.get("resume")
+    if asked not in (None, "auto", "never") and not Path(str(asked)).exists():
+        raise ValueError(
+            f"resume: got {asked}, which does not exist; expected auto, never, a checkpoint or a run folder"
+        )
+
+
+def _safe(key: str, name: object) -> str:
+    """A name that cannot lead out of its folder."""
+    if not name or not _SAFE_NAME.fullmatch(str(name)):
+        raise ValueError(f"{key}: got {name!r}, expected letters, digits and _.+-, as it names a folder")
+    return str(name)
+
+
+def _unused(path: Path) -> Path:
+    """The folder itself, or the first of path-2, path-3, ... that does not exist; one for all ranks of a run."""
+    if rank() and RUN_ID_VARIABLE in os.environ:
+        return path.with_name(os.environ[RUN_ID_VARIABLE])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "resume: got never under a launcher, where ranks cannot agree on a new folder; give run_id=NAME"
+        )
+    number = 2
+    candidate = path
+    while candidate.exists():
+        candidate = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return candidate
+
+
+def _drop(container: dict[str, Any], key: str) -> None:
+    *parents, last = key.split(".")
+    node: Any = container
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(last, None)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds `folder/.lock` until the end or this process's death; unlike flock, no forked worker keeps it alive."""
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"{folder}: process {holder} is at work in this run folder; wait for it, or give run_id=NAME"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

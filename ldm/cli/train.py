@@ -1,0 +1,140 @@
+"""`ldm train`: builds model, data and trainer from the config, trains, and writes down the result."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ldm.cli.build import build, build_all, build_later
+from ldm.cli.chain import run_chain, shown
+from ldm.cli.console import heading, rank, say
+from ldm.cli.errors import UserError, mistake, user_mistakes
+from ldm.cli.run_folder import RunFolder
+from ldm.cli.sampling import open_pipeline
+
+
+def train(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Runs the chain of an experiment, then says where everything is and what to type next."""
+    folder = run_chain("train", config, overrides)
+    if rank() == 0:
+        report(folder)
+
+
+def produce(folder: RunFolder) -> dict[str, Any]:
+    """Trains into a run folder and returns what `finish` and the evaluation found.
+
+    Raises:
+        UserError: something cannot be built.
+        KeyboardInterrupt: the user stopped the run; a checkpoint is saved.
+    """
+    config = folder.config
+    for part in ("model", "data"):
+        if config.get(part) is None:
+            raise UserError(
+                f"{part}: experiment {config.name} sets none, so there is nothing to train; choose {part}=..."
+            )
+    # Torch and Lightning take seconds to import: only from here on are they needed.
+    from ldm.training.fit import seed_everything
+
+    # Built before training, so that a mistake in it shows now, and before seeding, so that it changes nothing.
+    evaluation = build(config.evaluation) if config.evaluation and "_target_" in config.evaluation else None
+    seed_everything(config.seed)
+    model, data = build(config.model), build(config.data)
+    _fit(folder, model, data)
+    if rank():
+        return {}
+    summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
+    if evaluation is None:
+        return {"summary": summary}
+    heading("evaluating")
+    return {"summary": summary, "evaluation": evaluation(open_pipeline(folder.path, None), folder.path)}
+
+
+def report(folder: RunFolder) -> None:
+    """Says where everything is and what to type next."""
+    result = json.loads((folder.path / "result.json").read_text())
+    heading(f"{result['name']}: finished in {duration(result['seconds'])}")
+    say(f"  run folder  {shown(folder.path)}")
+    for name in ("metrics.csv", "result.json"):
+        if (folder.path / name).is_file():
+            say(f"  {name:<11} {shown(folder.path / name)}")
+    for part in ("summary", "evaluation"):
+        for line in table(result.get(part) or {}):
+            say(f"  {line}")
+    if folder.config.next_step:
+        say("next:")
+        say(f"  {folder.config.next_step}", style="bold")
+
+
+def table(values: dict[str, Any]) -> list[str]:
+    """Lines of `name  value`, nested names joined by dots."""
+    rows = list(_rows(values))
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _rows(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def _fit(folder: RunFolder, model: Any, data: Any) -> None:
+    from ldm.training.fit import SetupError, fit
+
+    config = folder.config
+    callbacks, loggers = build_all(config.callback), build_all(config.logger)
+    with user_mistakes():
+        checkpoint = folder.checkpoint_to_resume()
+    if checkpoint:
+        say(f"going on from {shown(checkpoint)}")
+    try:
+        ended = fit(
+            build_later(config.trainer),
+            model,
+            data=data,
+            config=folder.plain_config,
+            callbacks=callbacks,
+            loggers=loggers,
+            checkpoint=checkpoint,
+        )
+    except SetupError as error:
+        cause = error.__cause__ or error
+        line = mistake(cause)
+        if line is None:
+            raise cause from None
+        raise UserError(line) from error
+    if not ended:
+        _say_stopped(folder)
+        raise KeyboardInterrupt
+
+
+def _say_stopped(folder: RunFolder) -> None:
+    saved = folder.checkpoint_to_resume()
+    program, *arguments = sys.argv
+    command = ["python", program] if program.endswith(".py") else [Path(program).name]
+    state = (
+        f"saved {shown(saved)}; the same command goes on from there" if saved else "no checkpoint was saved; start anew"
+    )
+    say(f"stopped; {state}:")
+    say(f"  {shlex.join([*command, *arguments])}", style="bold")

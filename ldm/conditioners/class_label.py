@@ -1,0 +1,44 @@
+"""Class labels as one-token context (Rombach et al. 2022, class-conditional ImageNet)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.diffusion import Conditioning
+
+
+class ClassLabel(nn.Module):
+    """A learned embedding a class, and one more for "no class": Conditioning(context (B, 1, width)).
+
+    Args:
+        column: the batch's entry that holds the labels, (B,) integers in [0, num_classes).
+    """
+
+    def __init__(self, num_classes: int, *, width: int, column: str = "class_label") -> None:
+        super().__init__()
+        self.num_classes, self.column = num_classes, column
+        self.embedding = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, batch: dict[str, Any]) -> Conditioning:
+        """Embeds batch[column].
+
+        Raises:
+            ValueError: the batch has no such column, or a label that is no class.
+        """
+        if self.column not in batch:
+            raise ValueError(f"got a batch with {sorted(batch)}, expected {self.column}; set data.columns=[{self.column}]")
+        labels = torch.as_tensor(batch[self.column], device=self.embedding.weight.device)
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"got {self.column}={wrong[0].item()}, expected labels from 0 to {self.num_classes - 1}; "
+                "set conditioner.num_classes"
+            )
+        return Conditioning(context=self.embedding(labels)[:, None])
+
+    def null(self, n: int) -> Conditioning:
+        """The embedding of "no class", n times."""
+        return Conditioning(context=self.embedding.weight[-1].expand(n, 1, -1))

@@ -1,0 +1,273 @@
+"""Find tar shards, index them by their headers alone, and read single members by offset."""
+
+import glob
+import io
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+from PIL import Image, ImageOps
+
+BLOCK = 512
+# Everything that is ever read out of a shard; other members are left alone, so nothing is unpickled or run.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SUFFIXES = (*IMAGE_SUFFIXES, "npy", "txt", "json")
+# webdataset's own rule: the key is the path up to the first dot of its last part.
+_MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
+MAX_PIXELS = 2**26
+
+
+class CorruptSampleError(ValueError):
+    """A member of a shard cannot be read; the message names the shard and the key."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything in one shard lies.
+
+    `offsets` and `sizes` are int64 (num_samples, len(suffixes)), in bytes from the start of the file; a size of -1
+    says that a sample has no member of that suffix.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Return the (offset, size) of every member of a sample by its suffix."""
+        pairs = zip(self.suffixes, self.offsets[sample].tolist(), self.sizes[sample].tolist(), strict=True)
+        return {suffix: (offset, size) for suffix, offset, size in pairs if size >= 0}
+
+    def has_any(self, suffixes: Iterable[str]) -> np.ndarray:
+        """Say for every sample, bool (num_samples,), whether it has a member of any of the suffixes."""
+        columns = [self.suffixes.index(suffix) for suffix in suffixes if suffix in self.suffixes]
+        return np.asarray((self.sizes[:, columns] >= 0).any(axis=1))
+
+
+def resolve_shards(shards: str | os.PathLike[str] | Sequence[str]) -> list[Path]:
+    """Return the tar files that a folder, a path, a brace expression, a glob, or a list of these names.
+
+    Raises FileNotFoundError where nothing is found and ValueError for a URL or a pipe.
+    """
+    if isinstance(shards, str | os.PathLike):
+        shards = [os.fspath(shards)]
+    paths = [path for text in shards for pattern in braceexpand(str(text)) for path in _expand(pattern)]
+    repeated = {path for path in paths if paths.count(path) > 1} if len(set(paths)) < len(paths) else set()
+    if repeated:
+        raise ValueError(f"shards: got {min(repeated)} more than once, expected every shard once")
+    if not paths:
+        raise FileNotFoundError("shards: got an empty list, expected at least one tar file or folder")
+    return paths
+
+
+def _expand(pattern: str) -> list[Path]:
+    if pattern.startswith("pipe:") or "://" in pattern:
+        raise ValueError(f"shards: got {pattern}, expected local tar files; copy remote shards to a folder first")
+    if Path(pattern).is_dir():
+        found = sorted(Path(pattern).glob("*.tar"))
+    elif glob.has_magic(pattern):
+        found = sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    else:
+        found = [Path(pattern)] if Path(pattern).is_file() else []
+    if not found:
+        raise FileNotFoundError(
+            f"shards: got {pattern}, where there is no tar file, expected shards that `ldm shard` or img2dataset wrote"
+        )
+    return found
+
+
+def index_shard(path: str | os.PathLike[str], *, suffixes: Sequence[str] = SUFFIXES) -> ShardIndex:
+    """Read the headers of a tar and return where each sample's members lie, samples in order of first appearance.
+
+    Raises ValueError for a file that is not a tar, is cut off, or holds one member twice.
+    """
+    path = Path(path)
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, offset, size in scan_members(path):
+        match = _MEMBER.match(name)
+        if match is None or match[2].lower() not in suffixes:
+            continue
+        key, suffix = match[1], match[2].lower()
+        row = rows.setdefault(key, {})
+        if suffix in row:
+            raise ValueError(f"{path}: got {key}.{suffix} twice, expected each key once; write the shard again")
+        row[suffix] = (offset, size)
+    present = tuple(suffix for suffix in suffixes if any(suffix in row for row in rows.values()))
+    table = [[row.get(suffix, (0, -1)) for suffix in present] for row in rows.values()]
+    places = np.array(table, dtype=np.int64).reshape(len(rows), len(present), 2)
+    return ShardIndex(path, tuple(rows), present, places[..., 0], places[..., 1])
+
+
+def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of every regular file in a tar: ustar, GNU long names and pax paths and sizes.
+
+    Raises ValueError where the file is not a tar or ends inside a member.
+    """
+    with path.open("rb") as stream:
+        descriptor, end, place = stream.fileno(), os.fstat(stream.fileno()).st_size, 0
+        override: dict[str, str] = {}
+        if not end:
+            raise ValueError(f"{path}: got an empty file, expected a tar; write the shard again")
+        while place < end:
+            header = os.pread(descriptor, BLOCK, place)
+            if not header.strip(b"\0"):
+                return
+            kind, name, size = _parse_header(header, path=path, place=place)
+            size = int(override.get("size", size))
+            data, place = place + BLOCK, place + BLOCK + -(-size // BLOCK) * BLOCK
+            if data + size > end:
+                raise ValueError(f"{path}: got a file cut off inside {name}, expected a whole tar; copy it again")
+            if kind in (b"x", b"L"):
+                override |= _parse_extension(kind, os.pread(descriptor, size, data))
+                continue
+            if kind in (b"0", b"\0"):
+                yield override.get("path", name), data, size
+            if kind != b"g":
+                override = {}
+
+
+def _parse_header(header: bytes, *, path: Path, place: int) -> tuple[bytes, str, int]:
+    """Return the type flag, name and size that a header states, after checking its sum."""
+    try:
+        # The sum is taken with its own eight bytes read as spaces (POSIX.1-1988).
+        expected = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        valid = _parse_number(header[148:156]) == expected
+        size = _parse_number(header[124:136])
+    except (ValueError, IndexError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{path}: got no tar header at byte {place}, expected an uncompressed tar; write it again")
+    name = _text(header[:100])
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return header[156:157], f"{prefix}/{name}" if prefix else name, size
+
+
+def _parse_number(digits: bytes) -> int:
+    if digits[0] & 0x80:  # GNU writes what octal digits cannot hold as a big-endian number
+        return int.from_bytes(digits[1:], "big")
+    return int(digits.strip(b"\0 ") or b"0", 8)
+
+
+def _parse_extension(kind: bytes, content: bytes) -> dict[str, str]:
+    """Return the path and size that a GNU long name (L) or a pax header (x) gives to the next member."""
+    if kind == b"L":
+        return {"path": _text(content)}
+    found = {}
+    while content:
+        length, _, _ = content.partition(b" ")
+        record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
+        keyword, _, value = record.partition(b"=")
+        found[_text(keyword)] = _text(value)
+    return {keyword: found[keyword] for keyword in ("path", "size") if keyword in found}
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", errors="surrogateescape")
+
+
+class ShardReader:
+    """Reads byte ranges of many files with at most `limit` of them open; safe to copy into worker processes."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self.limit = limit
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on; raises CorruptSampleError where the file has become shorter."""
+        content = os.pread(self._descriptor(path), size, offset)
+        if len(content) != size:
+            raise CorruptSampleError(f"{path}: got {len(content)} bytes at {offset}, expected {size}")
+        return content
+
+    def close(self) -> None:
+        """Close every open file; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._open:
+            if len(self._open) >= self.limit:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Decode JPEG, PNG or WebP bytes into an upright RGB image; transparency is laid on white.
+
+    Raises ValueError for an image above MAX_PIXELS, before it is decoded, and whatever Pillow raises for a bad one.
+    """
+    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_moments(content: bytes) -> np.ndarray:
+    """Decode npy bytes into moments float32 (2C, h, w); raises ValueError for pickled or misshapen arrays."""
+    moments: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    if moments.ndim != 3 or moments.shape[0] % 2 or moments.dtype.kind != "f":
+        raise ValueError(f"got moments {moments.dtype} {moments.shape}, expected floats (2C, h, w)")
+    return moments.astype(np.float32, copy=False)
+
+
+def decode_json(content: bytes) -> dict[str, Any]:
+    """Decode a json object; raises ValueError for anything else."""
+    row = json.loads(content)
+    if not isinstance(row, dict):
+        raise ValueError(f"got a json {type(row).__name__}, expected an object")
+    return row
+
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(IMAGE_SUFFIXES, decode_image),
+    "npy": decode_moments,
+    "txt": bytes.decode,
+    "json": decode_json,
+}
+
+
+def decode(index: ShardIndex, sample: int, reader: ShardReader, *, suffixes: Iterable[str]) -> dict[str, Any]:
+    """Read and decode the members of a sample that have one of the suffixes, by suffix.
+
+    Raises CorruptSampleError, naming shard, key and member, for whatever cannot be decoded.
+    """
+    members, decoded = index.members(sample), {}
+    for suffix in suffixes:
+        if suffix not in members:
+            continue
+        try:
+            decoded[suffix] = DECODERS[suffix](reader.read(index.path, *members[suffix]))
+        except Exception as error:  # the data's edge: whatever a decoder raises, the user needs shard and key
+            where = f"{index.path}: {index.keys[sample]}.{suffix}"
+            raise CorruptSampleError(f"{where} cannot be decoded ({error}); write the shard again") from error
+    return decoded

@@ -1,0 +1,73 @@
+"""Training-time distributions, as quantile functions: uniform random u in (0, 1) goes in, a time comes out.
+
+Where u comes from (one stateless draw per sample, or stratified over the batch) is not their business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedules import DiscreteSchedule, Schedule
+
+
+class Times(ABC):
+    """A distribution of training times."""
+
+    def check(self, schedule: Schedule) -> None:
+        """Raises ValueError where this distribution does not fit the schedule."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+        """Times (B,) in (0, t_max] from u (B,) in (0, 1)."""
+
+
+class Uniform(Times):
+    """t uniform over [t_min, t_max]."""
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+        return schedule.t_min + u * (schedule.t_max - schedule.t_min)
+
+
+class UniformSteps(Times):
+    """One of the T training steps, as DDPM, LDM and Stable Diffusion train (Ho et al. 2020, algorithm 1)."""
+
+    def check(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, DiscreteSchedule):
+            raise ValueError(
+                f"got times uniform_steps with {type(schedule).__name__}, expected a schedule of discrete steps "
+                "(linear, scaled_linear, cosine); set times=uniform"
+            )
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+        assert isinstance(schedule, DiscreteSchedule)
+        index = (u * schedule.num_steps).floor().clamp(max=schedule.num_steps - 1)
+        return (index + 1) / schedule.num_steps
+
+
+class LogitNormal(Times):
+    """t / t_max = sigmoid(mean + std n), n normal: few times near the ends (Esser et al. 2024, eq. 19)."""
+
+    def __init__(self, *, mean: float = 0.0, std: float = 1.0) -> None:
+        if std <= 0:
+            raise ValueError(f"got times.std={std}, expected a positive number")
+        self.mean, self.std = mean, std
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)) * schedule.t_max
+        return t.clamp_min(schedule.t_min)
+
+
+class LogNormal(Times):
+    """sigma / alpha = exp(p_mean + p_std n), n normal (Karras et al. 2022, table 1)."""
+
+    def __init__(self, *, p_mean: float = -1.2, p_std: float = 1.2) -> None:
+        if p_std <= 0:
+            raise ValueError(f"got times.p_std={p_std}, expected a positive number")
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+        ratio = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u))
+        return schedule.time_of(ratio).clamp(max(schedule.t_min, 1e-6), schedule.t_max)

@@ -1,0 +1,140 @@
+"""Training of the latent-diffusion model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ldm.diffusion import Denoiser
+from ldm.generation import SamplingSettings, TextToImage
+from ldm.nn.weights import save_weights
+from ldm.training.ema import EMA
+from ldm.training.frozen import drop_frozen, freeze, restore_frozen
+from ldm.training.randomness import draw
+
+VALIDATION_SEED = 2**31 - 1
+
+
+class LatentDiffusionModule(pl.LightningModule):
+    """Trains a denoiser, and the conditioner beside it, on the latents of a frozen autoencoder.
+
+    Args:
+        denoiser, conditioner: what is trained; their moving average validates and samples.
+        autoencoder: frozen; unused by `training_step` where a batch holds moments already.
+        optimizer: from parameters to an optimizer.
+        lr_schedule: from the optimizer to a schedule, stepped once an optimizer step.
+        condition_dropout: share of samples that lose all of their conditions, which guidance needs.
+        ema_decay: of the moving average, by optimizer step.
+        sampling: how `sample` samples, unless told otherwise.
+        seed: of noise, times and dropout; with a sample's position in the stream it decides all three.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        conditioner: nn.Module,
+        autoencoder: nn.Module,
+        optimizer: Callable[..., Optimizer],
+        lr_schedule: Callable[[Optimizer], LRScheduler],
+        sampling: SamplingSettings,
+        condition_dropout: float = 0.1,
+        ema_decay: float = 0.9999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(f"got condition_dropout={condition_dropout}, expected a share from 0 to 1")
+        if condition_dropout == 0 and sampling.guidance.scale != 1:
+            raise ValueError(
+                f"got guidance.scale={sampling.guidance.scale} with condition_dropout=0: the model never learns to do without a "
+                "condition; set model.condition_dropout=0.1, or guidance.scale=1"
+            )
+        self.trained = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
+        self.ema = EMA(self.trained, decay=ema_decay)
+        self.autoencoder = freeze(autoencoder)
+        self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
+        self.condition_dropout, self.seed = condition_dropout, seed
+        self.sampling = sampling
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch, self.trained, self.seed, self.condition_dropout).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["caption"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The loss of the moving average, with noise and times that are the same at every validation."""
+        loss = self.loss({**batch, "position": batch["index"]}, self.ema.module, VALIDATION_SEED, 0.0).mean()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["caption"]))
+
+    def loss(self, batch: dict[str, Any], model: nn.ModuleDict, seed: int, condition_dropout: float) -> Tensor:
+        """The diffusion loss (B,) of a batch."""
+        moments = self.moments(batch)
+        channels, *size = moments.shape[1:]
+        random = draw(seed, batch["position"], (channels // 2, *size))
+        x_0 = self.autoencoder.to_latents(moments, noise=random.posterior)
+        denoiser, conditioner = model["denoiser"], model["conditioner"]
+        cond = conditioner(batch).select(random.drop < condition_dropout, conditioner.null(len(x_0)))
+        return denoiser.loss(x_0, random.eps, denoiser.times(random.u, denoiser.schedule), cond)
+
+    @torch.no_grad()
+    def moments(self, batch: dict[str, Any]) -> Tensor:
+        """The batch's moments (B, 2C, h, w): encoded now, unless the shards hold them."""
+        return batch["moments"] if "moments" in batch else self.autoencoder.encode(batch["image"])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        num_updates = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.trained, num_updates=num_updates)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer([p for p in self.trained.parameters() if p.requires_grad])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"}}
+
+    def train(self, mode: bool = True) -> LatentDiffusionModule:
+        super().train(mode)
+        for part in self.modules():
+            if getattr(part, "is_frozen", False):
+                part.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = drop_frozen(self, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = restore_frozen(self, checkpoint["state_dict"])
+
+    def pipeline(self) -> TextToImage:
+        """The moving average as something to sample from."""
+        model = self.ema.module
+        return TextToImage(
+            model["denoiser"], conditioner=model["conditioner"], autoencoder=self.autoencoder, settings=self.sampling
+        )
+
+    def sample(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Image]:
+        """Images of the moving average; settings as in `TextToImage.sample`."""
+        return self.pipeline().sample(prompts, seeds=seeds, **settings)
+
+    def sample_trajectory(self, prompt: str, *, seed: int) -> list[tuple[Image, Image]]:
+        """The steps of one picture, (x_t, believed x_0): see `TextToImage.trajectory`."""
+        return self.pipeline().trajectory(prompt, seed=seed)
+
+    def finish(self, folder: Path, *, data: pl.LightningDataModule, config: dict[str, Any]) -> dict[str, Any]:
+        """Writes the moving average as weights to use, and beside it the autoencoder that belongs to it."""
+        path = folder / "weights.safetensors"
+        if self.global_rank:
+            return {"weights": path.name}
+        state = drop_frozen(self.ema.module, self.ema.module.state_dict())
+        save_weights(path, state, target="ldm.training.LatentDiffusionModule", config=config)
+        if source := config["autoencoder"].get("path"):
+            shutil.copyfile(source, folder / "autoencoder.safetensors")
+        return {"weights": path.name}

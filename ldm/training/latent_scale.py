@@ -1,0 +1,32 @@
+"""The scale that gives latents unit variance, measured over a whole training set (Rombach et al. 2022, appendix G)."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@torch.no_grad()
+def measure_latent_scale(autoencoder: nn.Module, data: pl.LightningDataModule) -> tuple[float, float]:
+    """(shift, scale) such that (sample - shift) * scale has mean 0 and variance 1 over the training set.
+
+    Sums are float64 and over all ranks, so that every rank gets the same numbers whatever its share of the data. The
+    variance counts the posterior's own, in closed form.
+
+    Args:
+        data: its `iterate_once("train", batch_size)` gives this rank's share, each sample once.
+    """
+    autoencoder.eval()
+    device = autoencoder.latent_scale.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # count, sum, sum of squares
+    for batch in data.iterate_once("train", 256):
+        posterior = autoencoder.posterior(autoencoder.encode(batch["image"].to(device)))
+        mean, variance = posterior.mean.double(), posterior.std.double() ** 2
+        sums += torch.stack([mean.new_tensor(mean.numel()), mean.sum(), (mean**2 + variance).sum()])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    count, total, squares = sums.tolist()
+    shift = total / count
+    return shift, (squares / count - shift**2) ** -0.5

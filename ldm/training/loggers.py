@@ -1,0 +1,98 @@
+"""metrics.csv: a logger that goes on where a killed run stopped."""
+
+from __future__ import annotations
+
+import csv
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """Appends every logged row to `folder/metrics.csv`; new metrics become new columns.
+
+    Lightning's CSVLogger deletes the file when a run resumes. Here a resumed run keeps it, less the rows of steps that
+    the kill undid and that are trained again.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] | None = None
+        self._last_row: dict[str, Any] = {}
+        self._last_start = 0
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.parent.parent.name
+
+    @property
+    def version(self) -> str:
+        """The run's id."""
+        return self.path.parent.name
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing to write: the run folder holds the whole config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes one row, or adds to the last one what is logged for the same step."""
+        if not metrics:
+            return
+        if self._columns is None:
+            self._columns = self._take_up(step)
+        joins = self._last_row.get("step") == step and not self._last_row.keys() & metrics.keys()
+        self._last_row = {**(self._last_row if joins else {"step": step}), **metrics}
+        new = sorted(name for name in metrics if name not in self._columns)
+        if new:
+            rows = self._rows()
+            self._columns += new
+            self._rewrite(rows[:-1] if joins else rows)
+        self._write_last(at=self._last_start if joins and not new else None)
+
+    def _write_last(self, *, at: int | None) -> None:
+        """Writes the last row, over the one that starts at this byte or behind all others."""
+        assert self._columns is not None
+        with self.path.open("r+", newline="") as file:
+            self._last_start = file.seek(0, os.SEEK_END) if at is None else file.seek(at)
+            csv.DictWriter(file, self._columns, restval="").writerow(self._last_row)
+            file.truncate()
+
+    def _take_up(self, step: int | None) -> list[str]:
+        """The columns of an earlier start, after dropping its rows from this step on."""
+        rows = self._rows()
+        if not rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+            return ["step"]
+        self._columns = list(rows[0])
+        self._rewrite([row for row in rows if step is None or not row["step"] or int(row["step"]) < step])
+        return self._columns
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            lines = file.readlines()
+        # A kill can leave a last row without its end.
+        return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """Replaces the file in one move, so that a kill leaves the old one or the new one."""
+        assert self._columns is not None
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)

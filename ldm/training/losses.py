@@ -1,0 +1,38 @@
+"""Losses of the autoencoder: reconstruction, KL, and the patch discriminator's."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def reconstruction_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """L1 distance summed over an image, mean over the batch: the scale to which LDM's kl_weight refers."""
+    return (images - reconstructions).abs().flatten(1).sum(1).mean()
+
+
+def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean of max(0, 1 - D(x)) and max(0, 1 + D(x^)) over patches (Lim & Ye 2017)."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """-D(x^), mean over patches."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Ratio of the two losses' gradients at the decoder's last layer (Esser et al. 2021, eq. 7), without gradient.
+
+    The gradients are those of the global batch, so that every rank gets the same weight.
+    """
+    gradients = torch.stack(
+        [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+    )
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(gradients)
+        gradients /= dist.get_world_size()
+    gradient_r, gradient_a = gradients
+    return (gradient_r.norm() / (gradient_a.norm() + 1e-4)).clamp(0, 1e4)

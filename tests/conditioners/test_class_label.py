@@ -1,0 +1,45 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ldm.conditioners import ClassLabel
+
+
+def make() -> ClassLabel:
+    torch.manual_seed(0)
+    return ClassLabel(10, width=6, column="digit")
+
+
+def test_each_class_is_one_learned_token() -> None:
+    conditioner = make()
+    cond = conditioner({"digit": torch.tensor([3, 0, 9])})
+    assert set(cond.parts()) == {"context"}
+    assert_close(cond.context, conditioner.embedding.weight[[3, 0, 9]][:, None])
+
+
+def test_null_is_a_token_that_no_class_has() -> None:
+    conditioner = make()
+    null, classes = conditioner.null(2).context, conditioner({"digit": torch.arange(10)}).context
+    assert null is not None and classes is not None and null.shape == (2, 1, 6)
+    assert (classes - null[:1]).abs().amax((1, 2)).min() > 0.1
+
+
+def test_null_is_learned() -> None:
+    conditioner = make()
+    context = conditioner.null(3).context
+    assert context is not None
+    context.sum().backward()
+    assert conditioner.embedding.weight.grad is not None
+    assert_close(conditioner.embedding.weight.grad.sum(1), torch.tensor([0.0] * 10 + [18.0]))
+
+
+def test_a_batch_without_labels_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"^got a batch with \['caption'\], expected digit; set data\.columns"):
+        make()({"caption": ["x"]})
+
+
+@pytest.mark.parametrize("label", [10, -1])
+def test_a_label_outside_the_classes_is_refused(label: int) -> None:
+    """Label 10 of 10 classes would quietly train the null token."""
+    with pytest.raises(ValueError, match=rf"^got digit={label}, expected labels from 0 to 9"):
+        make()({"digit": torch.tensor([0, label])})

@@ -1,0 +1,59 @@
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.autoencoders import KLAutoencoder
+from ldm.conditioners import TextTransformer, WordTokenizer
+from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
+from ldm.generation import SamplingSettings, TextToImage
+from ldm.networks import UNet
+from ldm.samplers import DDIM, Trailing
+
+
+def fill(module: nn.Module) -> None:
+    """Random numbers for every matrix, also for those that start as zero, by name: a network that does something."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+
+
+@pytest.fixture
+def make_pipeline() -> Callable[..., TextToImage]:
+    """Builds an untrained model for 16 x 16 pictures; options replace sampling settings."""
+
+    def make(**options: Any) -> TextToImage:
+        torch.manual_seed(0)
+        conditioner = TextTransformer(WordTokenizer(["red", "blue", "seven"], length=5), width=8, depth=1, num_heads=2)
+        network = UNet(
+            4, 4, model_channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[1, 2], num_heads=2,
+            context_dim=8, norm_groups=4,
+        )  # fmt: skip
+        autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4)
+        denoiser = Denoiser(
+            network,
+            schedule=schedules.RectifiedFlow(),
+            parameterization=parameterizations.Velocity(),
+            weighting=weightings.Unit(),
+            times=times.Uniform(),
+        )
+        for module in (network, conditioner, autoencoder):
+            fill(module)
+            module.eval()
+        defaults: dict[str, Any] = {
+            "sampler": DDIM(eta=1.0),
+            "discretization": Trailing(),
+            "guidance": Guidance(scale=2.0),
+            "num_steps": 4,
+            "image_size": 16,
+        }
+        settings = SamplingSettings(**(defaults | options))
+        return TextToImage(denoiser, conditioner=conditioner, autoencoder=autoencoder, settings=settings)
+
+    return make

@@ -1,0 +1,73 @@
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+from torchmetrics import Metric
+
+from ldm.generation import TextToImage
+from ldm.generation.evaluate import Evaluation
+
+PROMPTS = [{"prompt": "red", "digit": 3}, {"prompt": "blue", "digit": 4}, {"prompt": "seven", "digit": 7}]
+
+
+class Sums(Metric):
+    """The sums of generated and real pixels and labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("generated", "real", "labels", "real_labels"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor, labels: Mapping[str, Tensor], *, real: bool) -> None:
+        if real:
+            self.real += images.sum()
+            self.real_labels += labels["digit"].sum()
+        else:
+            self.generated += images.sum()
+            self.labels += labels["digit"].sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("generated", "real", "labels", "real_labels")}
+
+
+class Real:
+    """Two batches of a validation split."""
+
+    def iterate_once(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
+        assert split == "validation"
+        for value in (1.0, -0.5):
+            yield {"image": torch.full((2, 3, 4, 4), value), "digit": torch.tensor([1, 2])}
+
+
+def make(**options: Any) -> Evaluation:
+    return Evaluation(**{"prompts": PROMPTS, "metrics": {"sums": Sums()}, "reference": Real(), "seed": 10} | options)
+
+
+def test_metrics_see_one_image_a_prompt_and_every_real_one(make_pipeline: Callable[..., TextToImage], tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    report = make()(pipeline, tmp_path / "new" / "folder", num_steps=2)
+    images = pipeline.images([prompt["prompt"] for prompt in PROMPTS], seeds=[10, 11, 12], num_steps=2)
+    assert report["sums/generated"] == pytest.approx(images.sum().item(), abs=1e-2)
+    assert report["sums/real"] == pytest.approx(2 * 48 * 0.5)
+    assert (report["sums/labels"], report["sums/real_labels"], report["num_images"]) == (14, 6, 3)
+    assert json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text()) == report
+    with Image.open(tmp_path / "new" / "folder" / "evaluation.png") as sheet:
+        assert sheet.size == (2 * 18 + 2, 2 * 18 + 2)
+
+
+def test_a_second_evaluation_starts_afresh(make_pipeline: Callable[..., TextToImage], tmp_path: Path) -> None:
+    evaluation, pipeline = make(), make_pipeline()
+    first, second = (evaluation(pipeline, tmp_path) for _ in range(2))
+    del first["seconds_sampling"], second["seconds_sampling"]
+    assert_close(second, first)
+
+
+def test_an_evaluation_of_nothing_refuses_to_build() -> None:
+    with pytest.raises(ValueError, match="^got no prompts to evaluate, expected at least one"):
+        make(prompts=[])

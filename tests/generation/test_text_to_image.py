@@ -1,0 +1,107 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from ldm.diffusion import Guidance
+from ldm.generation import TextToImage, to_pil
+from ldm.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
+
+MakePipeline = Callable[..., TextToImage]
+PROMPTS = ["red seven", "blue", "seven blue red", "", "red"]
+SEEDS = [5, 0, 5, 12345, 2**32 - 1]
+# One step of the 255 of a pixel, in images whose values span 2.
+ONE_GREY_LEVEL = 2 / 255
+
+
+@pytest.mark.parametrize("sampler", [DDIM(eta=1.0), DDPM(), Heun(), DPMSolverPP2M()], ids=lambda s: type(s).__name__)
+def test_a_prompt_and_a_seed_name_a_picture_in_any_batch(sampler: Sampler, make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(sampler=sampler)
+    together = pipeline.images(PROMPTS, seeds=SEEDS)
+    in_batches = pipeline.images(PROMPTS, seeds=SEEDS, batch_size=2)
+    alone = [pipeline.images([p], seeds=[s]) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert together.flatten(1).std(1).min() > 0.05
+    assert_close(in_batches, together, rtol=0, atol=ONE_GREY_LEVEL)
+    assert_close(torch.cat(alone), together, rtol=0, atol=ONE_GREY_LEVEL)
+
+
+def test_another_seed_and_another_prompt_are_other_pictures(make_pipeline: MakePipeline) -> None:
+    images = make_pipeline().images(["red", "red", "blue", "red"], seeds=[0, 1, 0, 0])
+    assert_close(images[3], images[0], rtol=0, atol=ONE_GREY_LEVEL)
+    for other in (1, 2):
+        assert (images[other] - images[0]).abs().max() > 10 * ONE_GREY_LEVEL
+
+
+def test_images_have_the_asked_size_and_range(make_pipeline: MakePipeline) -> None:
+    images = make_pipeline().images(["red"], seeds=[0], image_size=24)
+    assert images.shape == (1, 3, 24, 24)
+    assert images.abs().max() <= 1
+
+
+def test_sample_is_images_as_pictures(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    pictures = pipeline.sample(["red", "blue"], seeds=[0, 1])
+    expected = to_pil(pipeline.images(["red", "blue"], seeds=[0, 1]))
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    for picture, other in zip(pictures, expected, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(other))
+
+
+def test_settings_of_one_call_leave_the_defaults_alone(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(sampler=Euler())
+    before = pipeline.images(["red"], seeds=[0])
+    changed = pipeline.images(["red"], seeds=[0], num_steps=9, guidance=Guidance(scale=5.0))
+    assert (changed - before).abs().max() > ONE_GREY_LEVEL
+    assert_close(pipeline.images(["red"], seeds=[0]), before, rtol=0, atol=0)
+
+
+def test_guidance_towards_what_it_leads_away_from_is_no_guidance(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    plain = pipeline.images(["red"], seeds=[0], guidance=Guidance(scale=1.0))
+    same = pipeline.images(["red"], seeds=[0], negative_prompt="red", guidance=Guidance(scale=6.0))
+    away = pipeline.images(["red"], seeds=[0], negative_prompt="blue", guidance=Guidance(scale=6.0))
+    assert_close(same, plain, rtol=0, atol=1e-4)
+    assert (away - plain).abs().max() > ONE_GREY_LEVEL
+
+
+def test_the_null_condition_is_what_guidance_leads_away_from(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    scale_0 = pipeline.images(["red"], seeds=[0], guidance=Guidance(scale=0.0))
+    empty = pipeline.images([""], seeds=[0], guidance=Guidance(scale=1.0))
+    assert_close(scale_0, empty, rtol=0, atol=1e-4)
+
+
+def test_a_trajectory_ends_in_the_picture(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(sampler=Euler(), num_steps=3)
+    steps = pipeline.trajectory("red", seed=4)
+    assert len(steps) == 3
+    (picture,) = pipeline.sample(["red"], seeds=[4])
+    assert_pictures_close(steps[-1][0], picture)
+    # At t = 0 the sample is what was believed.
+    assert_pictures_close(steps[-1][1], picture)
+    assert not np.array_equal(np.asarray(steps[0][0]), np.asarray(picture))
+
+
+def assert_pictures_close(first: Image.Image, second: Image.Image) -> None:
+    difference = np.asarray(first, dtype=int) - np.asarray(second, dtype=int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_sampling_leaves_no_gradient_graph(make_pipeline: MakePipeline) -> None:
+    assert not make_pipeline().images(["red"], seeds=[0]).requires_grad
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(["red"], [0, 1]), (["red", "blue"], [0]), ([], [])])
+def test_prompts_and_seeds_come_in_equal_number(prompts: list[str], seeds: list[int], make_pipeline: MakePipeline) -> None:
+    with pytest.raises(ValueError, match=rf"^got {len(prompts)} prompts and {len(seeds)} seeds, expected"):
+        make_pipeline().images(prompts, seeds=seeds)
+
+
+def test_a_size_that_does_not_divide_is_refused_at_construction_and_in_a_call(make_pipeline: MakePipeline) -> None:
+    with pytest.raises(ValueError, match=r"^got image_size=17, expected a multiple of 2"):
+        make_pipeline(image_size=17)
+    with pytest.raises(ValueError, match=r"^got image_size=17, expected a multiple of 2"):
+        make_pipeline().images(["red"], seeds=[0], image_size=17)
