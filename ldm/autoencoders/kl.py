@@ -82,6 +82,11 @@ class KLAutoencoder(GaussianAutoencoder):
         autoencoder.load_state_dict(state_dict)
         return autoencoder.eval()
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the decoder's last layer, where adversarial training balances its losses."""
+        return self.decoder.conv_out.weight  # type: ignore[return-value]
+
     def encode(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [-1, 1] to unscaled moments (B, 2C, h, w), the mean before the log-variance."""
         self.check_images(images)

@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,8 @@ class Link:
         return shlex.join([self.command, *map(redact_override, self.overrides)])
 
 
-@dataclass
-class _Chain:
-    """The chain under way: the folder of each link that has run or was there."""
-
-    folders: dict[str, Path] = field(default_factory=dict)
-
-
-_active: list[_Chain] = []
+# Of the chain under way: the folder of each link that has run or was there, and of each run found outside it.
+_folders: dict[str, Path] = {}
 
 
 def run_chain(command: str, config: DictConfig, overrides: Sequence[str]) -> RunFolder:
@@ -57,15 +51,11 @@ def run_chain(command: str, config: DictConfig, overrides: Sequence[str]) -> Run
         UserError: a link is wrong, requires itself, or cannot be built.
     """
     register_resolver()
+    _folders.clear()
     links = [*plan(config), Link(command, tuple(overrides), config)]
-    chain = _Chain()
-    _active.append(chain)
-    try:
-        for number, link in enumerate(links, 1):
-            folder = _run_link(link, f"[{number}/{len(links)}] " if len(links) > 1 else "", is_last=link is links[-1])
-            chain.folders[folder.path.parent.name] = folder.path
-    finally:
-        _active.pop()
+    for number, link in enumerate(links, 1):
+        folder = _run_link(link, f"[{number}/{len(links)}] " if len(links) > 1 else "", is_last=link is links[-1])
+        _folders[folder.path.parent.name] = folder.path
     return folder
 
 
@@ -151,13 +141,12 @@ def _environment(folder: RunFolder, *, hidden: Sequence[str]) -> Iterator[None]:
 def _result(name: str, *, _root_: DictConfig) -> str:
     """Resolves `${result:NAME}` to a path under this config's `paths.runs`."""
     runs = Path(_root_.paths.runs)
-    chain = _active[-1] if _active else _Chain()
-    if name not in chain.folders:
+    if name not in _folders:
         found = latest_finished(runs, name=name)
         if found is None:
             raise FileNotFoundError(f"no finished run of {name} under {runs}; run `{_command_for(name)}` first")
-        chain.folders[name] = found
-    folder = chain.folders[name]
+        _folders[name] = found
+    folder = _folders[name]
     return str(runs / folder.parent.name / folder.name)
 
 

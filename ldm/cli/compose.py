@@ -82,7 +82,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     if present := re.search(r"An item is already at '(.+?)'", text):
         return f"+{present[1]}: this key exists already; leave out the +"
     cause = mistake(error.__cause__) if error.__cause__ else None
-    return "; ".join(part for part in (one_line(error) if text else "", cause) if part)
+    return "; ".join(part for part in (mistake(error) if text else "", cause) if part)
 
 
 def check_overrides(command: str, overrides: Sequence[str], config: DictConfig) -> None:

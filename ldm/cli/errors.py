@@ -14,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 # Packages that an extra installs, by the name they are imported under.
-EXTRAS = {"wandb": "wandb"}
+EXTRAS = {"torch_fidelity": "metrics", "wandb": "wandb"}
 
 
 class UserError(Exception):
@@ -45,8 +45,10 @@ def mistake(error: BaseException) -> str | None:
         return _config_mistake(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing_package(error)
+    if type(error).__module__.startswith("wandb."):
+        return f"{one_line(error)} Or keep the run on this machine: logger.wandb.offline=true"
     known = isinstance(error, ValueError | OSError | HydraException | YAMLError)
-    # Lightning's own exception is named rather than imported: importing Lightning takes seconds.
+    # As W&B's above, Lightning's own exception is named rather than imported: importing Lightning takes seconds.
     if known or type(error).__name__ == "MisconfigurationException":
         return one_line(error)
     return None

@@ -11,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ldm.cli.compose import checked, conf_folder, explain_after_shutdown, group_options
 from ldm.cli.console import INTERRUPTED, USER_ERROR, complain, heading, rank
@@ -35,7 +38,7 @@ def run(command: str, arguments: list[str]) -> int:
     try:
         with _arguments(arguments if options.multirun else [quote(item) for item in arguments]):
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)(job)()
-    except (HydraException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if job.started or _wants_traceback():
             raise
         complain(explain_after_shutdown(error, command, overrides, config_dir=options.config_dir))
@@ -71,7 +74,8 @@ class _Job:
         sys.argv = self._typed
         self.started = True
         settings = HydraConfig.get()
-        overrides = [str(item) for item in OmegaConf.to_container(settings.overrides.task, resolve=False)]
+        # Read as they stand: an override may hold an interpolation that means something in the config alone.
+        overrides: list[str] = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))
         if settings.mode == RunMode.MULTIRUN:
             heading(f"job {settings.job.num}: {shlex.join([self.command, *map(redact_override, overrides)])}")
         try:

@@ -34,6 +34,7 @@ WITHOUT_EFFECT = (
     "requires",
     "inherit",
     "next_step",
+    "device",
     "logger",
     "callback.progress",
     "trainer.log_every_n_steps",

@@ -47,9 +47,9 @@ def produce(folder: RunFolder) -> dict[str, Any]:
     seed_everything(config.seed)
     model, data = build(config.model), build(config.data)
     _fit(folder, model, data)
+    summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
     if rank():
         return {}
-    summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
     if evaluation is None:
         return {"summary": summary}
     heading("evaluating")

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.conditioners.base import Conditioner
 from ldm.diffusion import Conditioning
 
 
-class ClassLabel(nn.Module):
+class ClassLabel(Conditioner):
     """A learned embedding a class, and one more for "no class": Conditioning(context (B, 1, width)).
 
     Args:
@@ -29,7 +30,9 @@ class ClassLabel(nn.Module):
             ValueError: the batch has no such column, or a label that is no class.
         """
         if self.column not in batch:
-            raise ValueError(f"got a batch with {sorted(batch)}, expected {self.column}; set data.columns=[{self.column}]")
+            raise ValueError(
+                f"got a batch with {sorted(batch)}, expected {self.column}; set data.columns=[{self.column}]"
+            )
         labels = torch.as_tensor(batch[self.column], device=self.embedding.weight.device)
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(wrong):

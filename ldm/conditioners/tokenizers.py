@@ -37,7 +37,9 @@ class WordTokenizer(Tokenizer):
     SPECIAL = ("[PAD]", "[UNK]", "[START]", "[END]")
 
     def __init__(self, words: Sequence[str], *, length: int = 16) -> None:
-        if len({*words, *self.SPECIAL}) != len(words) + len(self.SPECIAL) or any(word != word.lower() for word in words):
+        if len({*words, *self.SPECIAL}) != len(words) + len(self.SPECIAL) or any(
+            word != word.lower() for word in words
+        ):
             raise ValueError("got a vocabulary with a word twice or with capitals, expected each once, in lower case")
         vocabulary = {word: i for i, word in enumerate([*self.SPECIAL, *words])}
         self.vocabulary_size, self.length = len(vocabulary), length

@@ -43,6 +43,10 @@ class Conditioning:
         """The same conditions on another device."""
         return self._map(lambda part: part.to(device))
 
+    def expand(self, n: int) -> Conditioning:
+        """The one condition n times, without copying it."""
+        return self._map(lambda part: part.expand(n, *part.shape[1:]))
+
     def select(self, drop: Tensor, null: Conditioning) -> Conditioning:
         """Replaces every part of the samples where `drop` (B,) is True by that of `null`: joint condition dropout.
 

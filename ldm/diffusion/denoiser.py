@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Conditioning
@@ -90,8 +89,3 @@ def per_sample(t: Tensor, x: Tensor) -> Tensor:
     if t.shape != x.shape[:1]:
         raise ValueError(f"got times of shape {tuple(t.shape)} for {len(x)} samples, expected ({len(x)},)")
     return t.view(-1, *[1] * (x.dim() - 1))
-
-
-def stratified(u: Tensor) -> Tensor:
-    """Spreads u (B,) over B equal strata: (i + u_i) / B, lower variance of the loss (Kingma et al. 2021, appendix I.1)."""
-    return (torch.arange(len(u), device=u.device) + u) / len(u)

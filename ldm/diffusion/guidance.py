@@ -26,9 +26,7 @@ class Guidance:
             conditional output is used (Kynkäänniemi et al. 2024).
     """
 
-    def __init__(
-        self, *, scale: float = 1.0, rescale: float = 0.0, interval: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, *, scale: float = 1.0, rescale: float = 0.0, interval: Sequence[float] | None = None) -> None:
         if interval is not None and len(interval) != 2:
             raise ValueError(f"got guidance.interval={list(interval)}, expected two noise levels, lowest and highest")
         low, high = (0.0, math.inf) if interval is None else interval

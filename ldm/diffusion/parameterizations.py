@@ -18,7 +18,7 @@ from ldm.diffusion.schedules import Schedule
 class Parameterization(ABC):
     """The coefficients of F = a x_0 + b eps."""
 
-    def check(self, schedule: Schedule) -> None:
+    def check(self, schedule: Schedule) -> None:  # noqa: B027 - most have nothing to check
         """Raises ValueError where x_0 and eps cannot be recovered from F on this schedule."""
 
     @abstractmethod
@@ -49,8 +49,8 @@ class Epsilon(Parameterization):
     def check(self, schedule: Schedule) -> None:
         if schedule.has_zero_terminal_snr:
             raise ValueError(
-                f"got parameterization epsilon with {type(schedule).__name__}, where alpha(t_max) = 0 and eps says nothing "
-                "of x_0; expected v, velocity or x_0 there; set parameterization=v"
+                f"got parameterization epsilon with {type(schedule).__name__}, where alpha(t_max) = 0 and eps says "
+                "nothing of x_0; expected v, velocity or x_0 there; set parameterization=v"
             )
 
     def coefficients(self, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ class Schedule(ABC):
 
     Attributes:
         t_max: the noisiest time.
-        t_min: the least noisy time that is trained, and where samplers evaluate last; 0 if the model may be asked there.
+        t_min: the least noisy time that is trained and sampled; 0 if the model may be asked there.
     """
 
     t_max: float = 1.0
@@ -90,7 +90,9 @@ class DiscreteSchedule(Schedule):
     def __init__(self, betas: Tensor) -> None:
         betas = betas.double()
         if betas.dim() != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ValueError("got betas outside (0, 1] or fewer than two, expected (T,) variances; check beta_start, beta_end")
+            raise ValueError(
+                "got betas outside (0, 1] or fewer than two, expected (T,) variances; check beta_start, beta_end"
+            )
         self.num_steps = len(betas)
         self.t_min = 1 / self.num_steps
         # log alpha = (log alpha-bar) / 2; the floor keeps zero terminal SNR interpolable: alpha = e^-17 there, not 0.

@@ -1,6 +1,6 @@
 """Training-time distributions, as quantile functions: uniform random u in (0, 1) goes in, a time comes out.
 
-Where u comes from (one stateless draw per sample, or stratified over the batch) is not their business.
+Where u comes from (a draw for every sample, or a sequence that spreads over the batch) is not their business.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ldm.diffusion.schedules import DiscreteSchedule, Schedule
 class Times(ABC):
     """A distribution of training times."""
 
-    def check(self, schedule: Schedule) -> None:
+    def check(self, schedule: Schedule) -> None:  # noqa: B027 - most have nothing to check
         """Raises ValueError where this distribution does not fit the schedule."""
 
     @abstractmethod

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ldm.autoencoders import GaussianAutoencoder
 from ldm.data import LatentRecord, write_latent_shards
 
 
@@ -23,7 +24,12 @@ class Splits(Protocol):
 
 @torch.no_grad()
 def encode_dataset(
-    autoencoder: nn.Module, data: Splits, folder: Path, *, batch_size: int = 256, samples_per_shard: int = 2000
+    autoencoder: GaussianAutoencoder,
+    data: Splits,
+    folder: Path,
+    *,
+    batch_size: int = 256,
+    samples_per_shard: int = 2000,
 ) -> dict[str, Any]:
     """Writes folder/<split>/ with moments (mean and log-variance, so that sampling noise stays fresh) and captions.
 
@@ -50,7 +56,7 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _records(autoencoder: nn.Module, batches: Iterator[dict[str, Any]]) -> Iterator[LatentRecord]:
+def _records(autoencoder: GaussianAutoencoder, batches: Iterator[dict[str, Any]]) -> Iterator[LatentRecord]:
     device = autoencoder.latent_scale.device
     for batch in batches:
         moments = autoencoder.encode(batch["image"].to(device)).float().cpu().numpy()

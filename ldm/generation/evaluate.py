@@ -57,7 +57,9 @@ class Evaluation:
         images = self.sample(pipeline, **settings)
         seconds = time.monotonic() - start
         self.measure(images, pipeline.device)
-        report = {f"{name}/{key}": float(v) for name, metric in self.metrics.items() for key, v in metric.compute().items()}
+        report = {
+            f"{name}/{key}": float(v) for name, metric in self.metrics.items() for key, v in metric.compute().items()
+        }
         report |= {"num_images": len(images), "seconds_sampling": seconds}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.diffusion import Denoiser, Guidance
+from ldm.autoencoders import GaussianAutoencoder
+from ldm.conditioners import Conditioner
+from ldm.diffusion import Conditioning, Denoiser, Guidance
 from ldm.generation.noise import SeededNoise
 from ldm.generation.postprocess import to_pil
 from ldm.samplers import Discretization, Sampler, State
@@ -42,7 +44,12 @@ class TextToImage:
     """
 
     def __init__(
-        self, denoiser: Denoiser, *, conditioner: nn.Module, autoencoder: nn.Module, settings: SamplingSettings
+        self,
+        denoiser: Denoiser,
+        *,
+        conditioner: Conditioner,
+        autoencoder: GaussianAutoencoder,
+        settings: SamplingSettings,
     ) -> None:
         self.denoiser, self.conditioner, self.autoencoder = denoiser, conditioner, autoencoder
         self.settings = settings
@@ -84,7 +91,9 @@ class TextToImage:
     ) -> Tensor:
         """As `sample`, but images (N, 3, H, W) in [-1, 1]."""
         if len(prompts) != len(seeds) or not prompts:
-            raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many seeds as prompts, at least one")
+            raise ValueError(
+                f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many seeds as prompts, at least one"
+            )
         chosen = replace(self.settings, **settings)
         batches = []
         for start in range(0, len(prompts), batch_size):
@@ -127,6 +136,6 @@ class TextToImage:
             )
         return (self.autoencoder.latent_channels, settings.image_size // factor, settings.image_size // factor)
 
-    def negative(self, prompt: str, n: int) -> Any:
+    def negative(self, prompt: str, n: int) -> Conditioning:
         """The condition that guidance leads away from, n times."""
         return self.conditioner({"caption": [prompt] * n}) if prompt else self.conditioner.null(n)

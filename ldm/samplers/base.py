@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -72,7 +73,7 @@ class Sampler(ABC):
         """Yields the start and every step's state; times (num_steps + 1,) fall from the noise of x to 0."""
         process = Process(denoise, schedule, noise)
         yield State(times[0], x, None)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             del process.history[:-MAX_HISTORY]
             num_answers = len(process.history)
             x = self.step(process, x, t, s)
@@ -80,7 +81,6 @@ class Sampler(ABC):
 
     def __call__(self, denoise: Denoise, schedule: Schedule, x: Tensor, *, times: Tensor, noise: Noise) -> Tensor:
         """x_0 (B, C, H, W) from noise x: the end of the trajectory."""
-        state = State(times[0], x, None)
         for state in self.trajectory(denoise, schedule, x, times=times, noise=noise):
-            pass
-        return state.x
+            x = state.x
+        return x

@@ -28,7 +28,9 @@ class Discretization(ABC):
             raise ValueError(f"got {num_steps} sampling steps, expected at least 1")
         times = self.times(num_steps, schedule)
         if isinstance(schedule, DiscreteSchedule) and num_steps > schedule.num_steps:
-            raise ValueError(f"got {num_steps} sampling steps, expected at most the {schedule.num_steps} that were trained")
+            raise ValueError(
+                f"got {num_steps} sampling steps, expected at most the {schedule.num_steps} that were trained"
+            )
         return torch.cat([times, times.new_zeros(1)]).float()
 
 
@@ -77,8 +79,8 @@ class Karras(Discretization):
         if not 0 < low < high <= highest:
             raise ValueError(
                 f"got noise levels from {low:g} to {high:g} for Karras times on {type(schedule).__name__}, expected "
-                f"0 < sigma_min < sigma_max <= {highest:g}; set discretization.sigma_min and discretization.sigma_max, or "
-                "discretization=trailing"
+                f"0 < sigma_min < sigma_max <= {highest:g}; set discretization.sigma_min and discretization.sigma_max, "
+                "or discretization=trailing"
             )
         return low, high
 

@@ -21,7 +21,9 @@ class DPMSolverPP2M(Sampler):
         previous = process.history[-1] if process.history else None
         x_0 = process.evaluate(x, t).x_0
         if previous is not None and sigma(s) > 0:
-            slope = (x_0 - previous.prediction.x_0) / (log_snr(process.schedule, t) - log_snr(process.schedule, previous.t))
+            slope = (x_0 - previous.prediction.x_0) / (
+                log_snr(process.schedule, t) - log_snr(process.schedule, previous.t)
+            )
             x_0 = x_0 + slope * (log_snr(process.schedule, s) - log_snr(process.schedule, t)) / 2
         # alpha_s e^-h = alpha_t sigma_s / sigma_t, which is finite also where alpha_t = 0.
         return sigma(s) / sigma(t) * x + (alpha(s) - alpha(t) * sigma(s) / sigma(t)) * x_0

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ldm.autoencoders import KLAutoencoder
+from ldm.data import ShardDataModule
+from ldm.networks import PatchDiscriminator
 from ldm.nn.weights import save_weights
 from ldm.training.latent_scale import measure_latent_scale
 from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss, reconstruction_loss
@@ -29,7 +32,7 @@ class AutoencoderModule(pl.LightningModule):
     Args:
         autoencoder, discriminator: what is trained.
         optimizer, discriminator_optimizer: from parameters to an optimizer.
-        lr_schedule: from an optimizer to a schedule, stepped once a batch for both.
+        lr_schedule: from an optimizer to a schedule, stepped with it.
         kl_weight: on the KL divergence in nats an image, against the absolute error summed over an image.
         adversarial_weight: on the generator's loss, times the ratio of gradients (Esser et al. 2021, eq. 7).
         adversarial_start: the step from which the discriminator takes part.
@@ -38,9 +41,9 @@ class AutoencoderModule(pl.LightningModule):
 
     def __init__(
         self,
-        autoencoder: nn.Module,
+        autoencoder: KLAutoencoder,
         *,
-        discriminator: nn.Module,
+        discriminator: PatchDiscriminator,
         optimizer: Callable[..., Optimizer],
         discriminator_optimizer: Callable[..., Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler],
@@ -64,16 +67,17 @@ class AutoencoderModule(pl.LightningModule):
         return self.num_steps >= self.adversarial_start
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        autoencoder_optimizer, discriminator_optimizer = self.optimizers()
+        optimizers, lr_schedules = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizers, list) and isinstance(lr_schedules, list), "two networks, two of each"
         # Lightning counts every optimizer's steps as global steps; a step here is a batch, so only one counts.
-        discriminator_optimizer._on_before_step = discriminator_optimizer._on_after_step = _count_nothing
+        optimizers[1]._on_before_step = optimizers[1]._on_after_step = _count_nothing
         self.manual_backward(self.loss(batch))
-        active = [autoencoder_optimizer, discriminator_optimizer] if self.adversary_is_active else [autoencoder_optimizer]
-        for optimizer in active:
+        num_active = 2 if self.adversary_is_active else 1
+        for optimizer, lr_schedule in list(zip(optimizers, lr_schedules, strict=True))[:num_active]:
             optimizer.step()
-        for optimizer, lr_schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
-            optimizer.zero_grad()
             lr_schedule.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         self.num_steps += 1
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -83,7 +87,7 @@ class AutoencoderModule(pl.LightningModule):
         reconstruction = reconstruction_loss(images, reconstructions)
         loss = reconstruction + self.kl_weight * kl
         self.log_dict({"train/reconstruction": reconstruction.detach() / images[0].numel(), "train/kl": kl.detach()})
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach())
         return loss + self.adversarial_loss(images, reconstructions, reconstruction)
 
     def reconstruct_sampled(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +102,7 @@ class AutoencoderModule(pl.LightningModule):
         """The generator's and the discriminator's losses, whose gradients do not mix."""
         if not self.adversary_is_active:
             # Zero gradients for the idle network: distributed training waits for every parameter's.
-            return 0.0 * sum(p.sum() for p in self.discriminator.parameters())
+            return 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         generator = generator_loss(functional_call(self.discriminator, fixed, (reconstructions,)))
         weight = self.adversarial_weight * adaptive_weight(reconstruction, generator, self.autoencoder.last_layer)
@@ -116,7 +120,7 @@ class AutoencoderModule(pl.LightningModule):
             "val/reconstruction": (images - reconstructions).abs().mean(),
             "val/psnr": -10 * mean_square.clamp_min(1e-10).log10().mean(),
         }
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.log_dict(values, sync_dist=True, batch_size=len(images))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -135,8 +139,9 @@ class AutoencoderModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.num_steps = checkpoint["num_steps"]
 
-    def finish(self, folder: Path, *, data: pl.LightningDataModule, config: dict[str, Any]) -> dict[str, Any]:
-        """Measures the latent scale over the whole training set and writes the autoencoder with it."""
+    def finish(self, folder: Path, *, data: ShardDataModule, config: dict[str, Any]) -> dict[str, Any]:
+        """Measures the latent scale over the whole training set, on all ranks, and writes the autoencoder with it."""
+        self.to(self.trainer.strategy.root_device)
         shift, scale = measure_latent_scale(self.autoencoder, data)
         self.autoencoder.set_latent_scale(scale, shift)
         path = folder / "autoencoder.safetensors"

@@ -113,7 +113,9 @@ class DigitClassifierModule(pl.LightningModule):
         """Writes `classifier.safetensors` into the run folder and returns its name and the validation accuracies."""
         path = Path(folder) / "classifier.safetensors"
         arguments = {key: value for key, value in config["model"]["classifier"].items() if key != "_target_"}
-        save_weights(path, self.classifier.state_dict(), target="ldm.networks.DigitClassifier", config=arguments)
+        if self.global_rank == 0:
+            save_weights(path, self.classifier.state_dict(), target="ldm.networks.DigitClassifier", config=arguments)
+        self.to(self.trainer.strategy.root_device)
         return {"classifier": path.name, **self.validate(data)}
 
 

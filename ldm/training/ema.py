@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class EMA(nn.Module):
+
+class EMA(nn.Module, Generic[Module]):
     """A copy of `trained` whose parameters follow it, one update an optimizer step.
 
-    Frozen parameters of `trained` are shared, not copied; buffers are those of the last update. The decay rises as (1 + n) / (10 + n) with the number n of
-    updates, so that short runs average too (as LDM's LitEma does).
+    Frozen parameters of `trained` are shared, not copied; buffers are those of the last update. The decay
+    rises as (1 + n) / (10 + n) with the number n of updates, so that short runs average too (as LDM's LitEma does).
 
     Attributes:
         module: the averaged copy; use it as it is.
     """
 
-    def __init__(self, trained: nn.Module, *, decay: float) -> None:
+    def __init__(self, trained: Module, *, decay: float) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"got ema_decay={decay}, expected a number from 0 up to, not including, 1")
         self.decay = decay
         frozen = {id(p): p for p in trained.parameters() if not p.requires_grad}
-        self.module = copy.deepcopy(trained, memo=frozen).requires_grad_(False).eval()
+        self.module: Module = copy.deepcopy(trained, memo=frozen).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, trained: nn.Module, *, num_updates: int) -> None:
+    def update(self, trained: Module, *, num_updates: int) -> None:
         """Moves the average towards `trained`, which has had num_updates optimizer steps before."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         pairs = [
@@ -39,6 +42,6 @@ class EMA(nn.Module):
         for latest, buffer in zip(self.module.buffers(), trained.buffers(), strict=True):
             latest.copy_(buffer)
 
-    def train(self, mode: bool = True) -> EMA:
+    def train(self, mode: bool = True) -> EMA[Module]:
         """Stays in evaluation mode: an average is never trained."""
         return super().train(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from ldm.training.checkpoints import StopOnSignal, Stopped
 
@@ -81,7 +81,16 @@ def fit(
             if stop.began:
                 raise
             raise SetupError(str(error)) from error
+        finally:
+            _close(loggers, began=stop.began)
     return True
+
+
+def _close(loggers: Sequence[Logger], *, began: bool) -> None:
+    """Ends W&B's run: it is one of a process, so that the next job of a sweep would go on in it."""
+    for logger in loggers:
+        if began and isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _quieten() -> None:

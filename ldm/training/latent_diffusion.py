@@ -10,10 +10,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL.Image import Image
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ldm.autoencoders import GaussianAutoencoder
+from ldm.conditioners import Conditioner
 from ldm.diffusion import Denoiser
 from ldm.generation import SamplingSettings, TextToImage
 from ldm.nn.weights import save_weights
@@ -22,6 +25,14 @@ from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.randomness import draw
 
 VALIDATION_SEED = 2**31 - 1
+
+
+class Trained(nn.Module):
+    """What is trained, and what the moving average averages: the denoiser and the conditioner."""
+
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.denoiser, self.conditioner = denoiser, conditioner
 
 
 class LatentDiffusionModule(pl.LightningModule):
@@ -42,8 +53,8 @@ class LatentDiffusionModule(pl.LightningModule):
         self,
         denoiser: Denoiser,
         *,
-        conditioner: nn.Module,
-        autoencoder: nn.Module,
+        conditioner: Conditioner,
+        autoencoder: GaussianAutoencoder,
         optimizer: Callable[..., Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler],
         sampling: SamplingSettings,
@@ -56,10 +67,10 @@ class LatentDiffusionModule(pl.LightningModule):
             raise ValueError(f"got condition_dropout={condition_dropout}, expected a share from 0 to 1")
         if condition_dropout == 0 and sampling.guidance.scale != 1:
             raise ValueError(
-                f"got guidance.scale={sampling.guidance.scale} with condition_dropout=0: the model never learns to do without a "
-                "condition; set model.condition_dropout=0.1, or guidance.scale=1"
+                f"got guidance.scale={sampling.guidance.scale} with condition_dropout=0: the model never learns to "
+                "do without a condition; set model.condition_dropout=0.1, or guidance.scale=1"
             )
-        self.trained = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
+        self.trained = Trained(denoiser, conditioner)
         self.ema = EMA(self.trained, decay=ema_decay)
         self.autoencoder = freeze(autoencoder)
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
@@ -68,21 +79,21 @@ class LatentDiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch, self.trained, self.seed, self.condition_dropout).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["caption"]))
+        self.log("train/loss", loss, batch_size=len(batch["caption"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The loss of the moving average, with noise and times that are the same at every validation."""
         loss = self.loss({**batch, "position": batch["index"]}, self.ema.module, VALIDATION_SEED, 0.0).mean()
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["caption"]))
+        self.log("val/loss", loss, sync_dist=True, batch_size=len(batch["caption"]))
 
-    def loss(self, batch: dict[str, Any], model: nn.ModuleDict, seed: int, condition_dropout: float) -> Tensor:
+    def loss(self, batch: dict[str, Any], model: Trained, seed: int, condition_dropout: float) -> Tensor:
         """The diffusion loss (B,) of a batch."""
         moments = self.moments(batch)
         channels, *size = moments.shape[1:]
         random = draw(seed, batch["position"], (channels // 2, *size))
         x_0 = self.autoencoder.to_latents(moments, noise=random.posterior)
-        denoiser, conditioner = model["denoiser"], model["conditioner"]
+        denoiser, conditioner = model.denoiser, model.conditioner
         cond = conditioner(batch).select(random.drop < condition_dropout, conditioner.null(len(x_0)))
         return denoiser.loss(x_0, random.eps, denoiser.times(random.u, denoiser.schedule), cond)
 
@@ -96,9 +107,12 @@ class LatentDiffusionModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.trained, num_updates=num_updates)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer([p for p in self.trained.parameters() if p.requires_grad])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},
+        }
 
     def train(self, mode: bool = True) -> LatentDiffusionModule:
         super().train(mode)
@@ -117,7 +131,7 @@ class LatentDiffusionModule(pl.LightningModule):
         """The moving average as something to sample from."""
         model = self.ema.module
         return TextToImage(
-            model["denoiser"], conditioner=model["conditioner"], autoencoder=self.autoencoder, settings=self.sampling
+            model.denoiser, conditioner=model.conditioner, autoencoder=self.autoencoder, settings=self.sampling
         )
 
     def sample(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Image]:

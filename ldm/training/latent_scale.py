@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import nn
+
+from ldm.autoencoders import GaussianAutoencoder
+from ldm.data import ShardDataModule
 
 
 @torch.no_grad()
-def measure_latent_scale(autoencoder: nn.Module, data: pl.LightningDataModule) -> tuple[float, float]:
+def measure_latent_scale(autoencoder: GaussianAutoencoder, data: ShardDataModule) -> tuple[float, float]:
     """(shift, scale) such that (sample - shift) * scale has mean 0 and variance 1 over the training set.
 
     Sums are float64 and over all ranks, so that every rank gets the same numbers whatever its share of the data. The

@@ -1,4 +1,4 @@
-"""Randomness that belongs to a sample, not to a process: the same noise for any number of devices, and after a resume."""
+"""Randomness that belongs to a sample, not to a process: the same on any number of devices, and after a resume."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def draw(seed: int, positions: Tensor, shape: Sequence[int]) -> Draw:
     offset = torch.rand((), generator=generator_for(seed, -1), dtype=torch.float64)
     u = (offset + positions.double().cpu() * GOLDEN).remainder(1.0).clamp(1e-6, 1 - 1e-6).float()
     device = positions.device
-    return Draw(torch.stack(eps).to(device), torch.stack(posterior).to(device), u.to(device), torch.stack(drop).to(device))
+    return Draw(
+        torch.stack(eps).to(device), torch.stack(posterior).to(device), u.to(device), torch.stack(drop).to(device)
+    )
 
 
 def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:

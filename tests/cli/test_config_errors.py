@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm.cli.main import main
+
 TOY = "experiment=toy"
 SHOWS_ALL = "`ldm train experiment=toy --cfg job` shows them all"
 
@@ -92,6 +94,15 @@ def test_what_a_constructor_refuses_is_one_line_and_leaves_no_folder(
     assert printed.startswith(f"error: {message}")
     assert printed.count("\n") == 1
     assert list(folder.glob("runs/toy/*")) == []
+
+
+def test_a_config_file_that_is_not_yaml_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "broken.yaml").write_text("model: [unclosed\n")
+    assert main(["train", "--config-dir", str(folder), "experiment=broken"]) == 2
+    printed = capsys.readouterr().err
+    assert "broken.yaml" in printed
+    assert printed.count("\n") == 1
 
 
 def test_an_error_in_training_itself_is_not_hidden(ldm: Callable[..., int]) -> None:

@@ -26,7 +26,7 @@ def fill(module: nn.Module) -> None:
 
 @pytest.fixture
 def make_pipeline() -> Callable[..., TextToImage]:
-    """Builds an untrained model for 16 x 16 pictures; options replace sampling settings."""
+    """Builds an untrained model for 16 x 16 pictures; options replace the schedule or sampling settings."""
 
     def make(**options: Any) -> TextToImage:
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ def make_pipeline() -> Callable[..., TextToImage]:
         autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4)
         denoiser = Denoiser(
             network,
-            schedule=schedules.RectifiedFlow(),
+            schedule=options.pop("schedule", schedules.RectifiedFlow()),
             parameterization=parameterizations.Velocity(),
             weighting=weightings.Unit(),
             times=times.Uniform(),

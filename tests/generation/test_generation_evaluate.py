@@ -49,7 +49,9 @@ def make(**options: Any) -> Evaluation:
     return Evaluation(**{"prompts": PROMPTS, "metrics": {"sums": Sums()}, "reference": Real(), "seed": 10} | options)
 
 
-def test_metrics_see_one_image_a_prompt_and_every_real_one(make_pipeline: Callable[..., TextToImage], tmp_path: Path) -> None:
+def test_metrics_see_one_image_a_prompt_and_every_real_one(
+    make_pipeline: Callable[..., TextToImage], tmp_path: Path
+) -> None:
     pipeline = make_pipeline()
     report = make()(pipeline, tmp_path / "new" / "folder", num_steps=2)
     images = pipeline.images([prompt["prompt"] for prompt in PROMPTS], seeds=[10, 11, 12], num_steps=2)
@@ -69,5 +71,5 @@ def test_a_second_evaluation_starts_afresh(make_pipeline: Callable[..., TextToIm
 
 
 def test_an_evaluation_of_nothing_refuses_to_build() -> None:
-    with pytest.raises(ValueError, match="^got no prompts to evaluate, expected at least one"):
+    with pytest.raises(ValueError, match=r"^got no prompts to evaluate, expected at least one"):
         make(prompts=[])

@@ -7,7 +7,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ldm.diffusion import Guidance
-from ldm.generation import TextToImage, to_pil
+from ldm.diffusion.schedules import EDM, RectifiedFlow, ScaledLinear, Schedule
+from ldm.generation import SeededNoise, TextToImage, to_pil
 from ldm.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 
 MakePipeline = Callable[..., TextToImage]
@@ -90,12 +91,26 @@ def assert_pictures_close(first: Image.Image, second: Image.Image) -> None:
     assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "schedule", [EDM(sigma_max=80.0), ScaledLinear(), RectifiedFlow()], ids=["edm", "linear", "flow"]
+)
+def test_sampling_starts_from_the_seed_s_noise_at_the_schedule_s_level(
+    schedule: Schedule, make_pipeline: MakePipeline
+) -> None:
+    pipeline = make_pipeline(schedule=schedule)
+    first = next(pipeline.latent_states(["red"], [3], "", pipeline.settings))
+    level = 80.0 if isinstance(schedule, EDM) else 1.0
+    assert_close(first.x, level * SeededNoise([3], (4, 8, 8))())
+
+
 def test_sampling_leaves_no_gradient_graph(make_pipeline: MakePipeline) -> None:
     assert not make_pipeline().images(["red"], seeds=[0]).requires_grad
 
 
 @pytest.mark.parametrize(("prompts", "seeds"), [(["red"], [0, 1]), (["red", "blue"], [0]), ([], [])])
-def test_prompts_and_seeds_come_in_equal_number(prompts: list[str], seeds: list[int], make_pipeline: MakePipeline) -> None:
+def test_prompts_and_seeds_come_in_equal_number(
+    prompts: list[str], seeds: list[int], make_pipeline: MakePipeline
+) -> None:
     with pytest.raises(ValueError, match=rf"^got {len(prompts)} prompts and {len(seeds)} seeds, expected"):
         make_pipeline().images(prompts, seeds=seeds)
 

@@ -22,7 +22,7 @@ def set_to(module: nn.Module, value: float) -> None:
 
 
 def test_the_average_of_a_step_follows_the_closed_form_of_the_rising_decay() -> None:
-    """The product of (1 + k) / (10 + k) for k < n is 1 / binomial(n + 9, 9): what is left of the start after n updates."""
+    """What n updates leave of the start, the product of (1 + k) / (10 + k), is 1 / binomial(n + 9, 9)."""
     trained = make_trained()
     set_to(trained, 3.0)
     ema = EMA(trained, decay=0.9999)

@@ -10,8 +10,12 @@ def test_reconstruction_is_absolute_error_summed_over_an_image() -> None:
     assert_close(reconstruction_loss(images, images + offset), torch.tensor(0.5 * 3 * 5 * 6))
 
 
-@pytest.mark.parametrize(("real", "fake", "expected"), [(2.0, -3.0, 0.0), (0.0, 0.0, 1.0), (-1.0, -3.0, 1.0), (3.0, 1.0, 1.0)])
-def test_the_hinge_is_open_where_the_discriminator_is_unsure_or_wrong(real: float, fake: float, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("real", "fake", "expected"), [(2.0, -3.0, 0.0), (0.0, 0.0, 1.0), (-1.0, -3.0, 1.0), (3.0, 1.0, 1.0)]
+)
+def test_the_hinge_is_open_where_the_discriminator_is_unsure_or_wrong(
+    real: float, fake: float, expected: float
+) -> None:
     patches = torch.ones(2, 1, 3, 3)
     assert_close(discriminator_hinge_loss(real * patches, fake * patches), torch.tensor(expected))
 

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_cosine_warms_up_first_and_reaches_its_peak_there() -> None:
     found = rates(lambda o: cosine(o, num_steps=12, num_warmup_steps=4), 13)
     assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert max(found) == found[4] == 2.0
-    assert all(later < earlier for earlier, later in zip(found[4:], found[5:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(found[4:]))
     assert found[12] == pytest.approx(0.0)
 
 
