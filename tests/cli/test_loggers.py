@@ -29,7 +29,8 @@ def test_wandb_works_offline_and_keeps_its_id_when_a_run_goes_on(
     run = folder / "runs" / "toy" / "mine"
     offline = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(offline) == 2
-    assert all(name.endswith("-toy-mine") for name in offline)
+    # W&B adds a number where two starts share a second.
+    assert all("-toy-mine" in name for name in offline)
     assert (run / "metrics.csv").is_file()
     assert [path.name for path in folder.iterdir()] == ["runs"]
 

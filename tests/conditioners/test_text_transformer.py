@@ -1,15 +1,19 @@
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ldm.conditioners import TextTransformer, WordTokenizer
 
+Pooling = Literal["none", "sum"]
 WORDS = ["a", "red", "seven", "on", "blue", "paper"]
 
 
-def make(length: int = 8) -> TextTransformer:
+def make(length: int = 8, pooling: Pooling = "sum") -> TextTransformer:
     torch.manual_seed(0)
-    return TextTransformer(WordTokenizer(WORDS, length=length), width=16, depth=2, num_heads=2).double().eval()
+    tokenizer = WordTokenizer(WORDS, length=length)
+    return TextTransformer(tokenizer, width=16, depth=2, num_heads=2, pooling=pooling).double().eval()
 
 
 def test_the_context_has_an_embedding_a_token_and_the_mask_of_the_tokenizer() -> None:
@@ -19,7 +23,18 @@ def test_the_context_has_an_embedding_a_token_and_the_mask_of_the_tokenizer() ->
     assert cond.context is not None and cond.mask is not None
     assert cond.context.shape == (2, 8, 16)
     assert_close(cond.mask, conditioner.tokenizer(captions)[1])
-    assert set(cond.parts()) == {"context", "mask"}
+
+
+@pytest.mark.parametrize(("pooling", "parts"), [("none", {"context", "mask"}), ("sum", {"context", "mask", "vector"})])
+def test_pooling_decides_whether_there_is_a_vector(pooling: Pooling, parts: set[str]) -> None:
+    conditioner = make(pooling=pooling)
+    assert set(conditioner({"caption": ["red"]}).parts()) == set(conditioner.null(1).parts()) == parts
+
+
+def test_the_vector_is_the_sum_over_real_tokens() -> None:
+    cond = make()({"caption": ["a red seven", ""]})
+    assert cond.context is not None
+    assert_close(cond.vector, torch.stack([cond.context[0, :5].sum(0), cond.context[1, :2].sum(0)]))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -27,9 +42,9 @@ def test_padding_does_not_change_the_embedding_of_real_tokens(training: bool) ->
     long, short = make(length=12).train(training), make(length=5).train(training)
     state = {**long.state_dict(), "position_embedding": long.position_embedding.detach()[:5]}
     short.load_state_dict(state)
-    padded, bare = (conditioner({"caption": ["a red seven"]}).context for conditioner in (long, short))
-    assert padded is not None and bare is not None
-    assert_close(padded[:, :5], bare)
+    padded, bare = (conditioner({"caption": ["a red seven"]}) for conditioner in (long, short))
+    assert padded.context is not None
+    assert_close((padded.context[:, :5], padded.vector), (bare.context, bare.vector))
 
 
 def test_a_caption_is_embedded_the_same_whatever_else_is_in_the_batch() -> None:
@@ -60,6 +75,14 @@ def test_a_caption_and_null_together_give_every_parameter_a_gradient() -> None:
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in conditioner.parameters())
 
 
-def test_a_width_that_does_not_divide_into_heads_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^got conditioner\.width=10, expected a multiple of num_heads=4"):
-        TextTransformer(WordTokenizer(WORDS), width=10, depth=1, num_heads=4)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 10}, r"^got conditioner\.width=10, expected a multiple of num_heads=4"),
+        ({"pooling": "mean"}, r"^got conditioner\.pooling=mean, expected none or sum"),
+    ],
+    ids=["width", "pooling"],
+)
+def test_settings_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextTransformer(WordTokenizer(WORDS), **({"width": 8, "depth": 1, "num_heads": 4} | options))

@@ -47,6 +47,11 @@ def test_joining_and_slicing_are_inverse() -> None:
     assert_close(both[3:].parts(), second.parts())
 
 
+def test_one_condition_expands_to_many() -> None:
+    one = make(0, 1)
+    assert_close(one.expand(3).parts(), Conditioning.cat([one, one, one]).parts(), rtol=0, atol=0)
+
+
 def test_conditions_with_different_parts_do_not_mix() -> None:
     text, image = Conditioning(context=torch.zeros(2, 1, 3)), Conditioning(concat=torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"^got null conditions with parts \['concat'\], expected \['context'\]"):
