@@ -47,6 +47,10 @@ class TextTransformer(Conditioner):
             width, num_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        # TransformerEncoder copies its layer, weights and all: draw each layer's own.
+        for parameter in self.layers.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:
         """Encodes batch["caption"], B strings."""

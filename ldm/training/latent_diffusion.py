@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.autoencoders import GaussianAutoencoder
 from ldm.conditioners import Conditioner
+from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser
 from ldm.generation import SamplingSettings, TextToImage
+from ldm.generation.encode import weights_sha256
 from ldm.nn.weights import save_weights
 from ldm.training.ema import EMA
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
@@ -76,6 +78,17 @@ class LatentDiffusionModule(pl.LightningModule):
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.condition_dropout, self.seed = condition_dropout, seed
         self.sampling = sampling
+
+    def on_fit_start(self) -> None:
+        """Refuses moments of another autoencoder: they would train, and decode to noise."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        found = data.dataset("train").encoder_sha256 if isinstance(data, ShardDataModule) else None
+        own = weights_sha256(self.autoencoder)
+        if found not in (None, own):
+            raise ValueError(
+                f"got latent shards of the autoencoder {found[:12]}, expected {own[:12]}, the one that decodes; "
+                "encode the images with it: ldm encode"
+            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch, self.trained, self.seed, self.condition_dropout).mean()

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from ldm.data import ShardDataModule
 from ldm.diffusion import Guidance
 from ldm.generation import SamplingSettings
+from ldm.generation.encode import encode_dataset
 from ldm.samplers import Euler, Trailing
 from ldm.training import LatentDiffusionModule
 from ldm.training.ema import EMA
@@ -227,3 +228,19 @@ def test_guidance_without_dropout_is_refused(scale: float, make_latent_diffusion
 
 def test_no_dropout_without_guidance_builds(make_latent_diffusion: MakeModule) -> None:
     assert make_latent_diffusion(condition_dropout=0.0, sampling=sampling(1.0)).condition_dropout == 0.0
+
+
+def test_it_trains_on_moments_of_its_own_autoencoder_and_on_no_others(
+    make_latent_diffusion: MakeModule, make_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = make_latent_diffusion()
+    encode_dataset(module.autoencoder, make_data(), tmp_path / "latents")
+    folder = tmp_path / "latents"
+    moments = ShardDataModule(folder / "train", folder / "validation", batch_size=6)
+    make_trainer(max_steps=1).fit(module, moments)
+    with torch.no_grad():
+        module.autoencoder.quant_conv.weight.mul_(1.5)
+    with pytest.raises(
+        ValueError, match=r"got latent shards of the autoencoder .* encode the images with it: ldm encode"
+    ):
+        make_trainer(max_steps=1).fit(module, moments)
