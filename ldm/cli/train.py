@@ -40,7 +40,7 @@ def produce(folder: RunFolder) -> dict[str, Any]:
                 f"{part}: experiment {config.name} sets none, so there is nothing to train; choose {part}=..."
             )
     # Torch and Lightning take seconds to import: only from here on are they needed.
-    from ldm.training.fit import seed_everything
+    from ldm.training.fit import leave_group, seed_everything
 
     # Built before training, so that a mistake in it shows now, and before seeding, so that it changes nothing.
     evaluation = build(config.evaluation) if config.evaluation and "_target_" in config.evaluation else None
@@ -48,6 +48,7 @@ def produce(folder: RunFolder) -> dict[str, Any]:
     model, data = build(config.model), build(config.data)
     _fit(folder, model, data)
     summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
+    leave_group()
     if rank():
         return {}
     if evaluation is None:

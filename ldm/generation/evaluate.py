@@ -78,7 +78,9 @@ class Evaluation:
         labels = {name: [prompt[name] for prompt in self.prompts] for name in self.prompts[0] if name != "prompt"}
         for metric in self.metrics.values():
             metric.to(device).reset()
-            metric.update(images, {name: torch.tensor(values) for name, values in labels.items()}, real=False)
+            for start in range(0, len(images), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                metric.update(images[part], {name: torch.tensor(v[part]) for name, v in labels.items()}, real=False)
         for batch in self.reference.iterate_once("validation", 256):
             for metric in self.metrics.values():
                 metric.update(batch["image"].to(device), batch, real=True)

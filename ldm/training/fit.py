@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
+import torch.distributed as dist
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from ldm.training.checkpoints import StopOnSignal, Stopped
@@ -91,6 +92,12 @@ def _close(loggers: Sequence[Logger], *, began: bool) -> None:
     for logger in loggers:
         if began and isinstance(logger, WandbLogger):
             logger.experiment.finish()
+
+
+def leave_group() -> None:
+    """Ends the group of processes that trained together, so that what one of them does alone waits for nobody."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _quieten() -> None:

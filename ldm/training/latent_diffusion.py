@@ -120,8 +120,23 @@ class LatentDiffusionModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.trained, num_updates=num_updates)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips bfloat16 training here: Lightning refuses to for fused optimizers, though only float16 is scaled."""
+        if gradient_clip_val and self.trainer.precision == "bf16-mixed" and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer([p for p in self.trained.parameters() if p.requires_grad])
+        # A fused optimizer takes the float16 scale off in its step, which is after clipping and so too late.
+        late = self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val
+        options = {"fused": False} if late else {}
+        optimizer = self.make_optimizer([p for p in self.trained.parameters() if p.requires_grad], **options)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},
