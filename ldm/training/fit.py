@@ -72,6 +72,7 @@ def fit(
             trainer = make_trainer(callbacks=[*callbacks, ConfigInCheckpoint(config), stop], logger=list(loggers))
             trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         except Stopped:
+            leave_group()
             return False
         except SystemExit:
             # How Lightning ends on a KeyboardInterrupt: here, a second Ctrl-C.
@@ -95,7 +96,10 @@ def _close(loggers: Sequence[Logger], *, began: bool) -> None:
 
 
 def leave_group() -> None:
-    """Ends the group of processes that trained together, so that what one of them does alone waits for nobody."""
+    """Ends the group of processes that trained together, so that what one of them does alone waits for nobody.
+
+    A process that exits with the group's threads still running may also abort.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,3 +1,4 @@
+import atexit
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import ShardDataModule
+from ldm.training.fit import leave_group
 
 WriteNoise = Callable[..., Path]
 Seen = list[tuple[list[int], list[int], float]]
@@ -286,6 +288,8 @@ class WritesSeen(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: Recorder) -> None:
         content = json.dumps({"seen": module.seen, "validated": module.validated})
         (self.folder / f"rank{trainer.global_rank}.json").write_text(content)
+        # A process that exits with its group's threads still running may abort.
+        atexit.register(leave_group)
 
 
 def both_ranks(folder: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from ldm.data import ShardDataModule
+from ldm.training.fit import leave_group
 from ldm.training.latent_scale import measure_latent_scale
 
 # Not Adam: it turns the rounding errors of gradients that are zero, as those of key biases are, into whole steps.
@@ -45,6 +46,7 @@ def main() -> None:
         module = make()
         result = train(module, folder, strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
         torch.save(result, folder / f"{name}-{module.global_rank}.pt")
+    leave_group()
 
 
 if __name__ == "__main__":
