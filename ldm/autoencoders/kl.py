@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from ldm.autoencoders.blocks import AutoencoderGeometry
 from ldm.autoencoders.decoder import Decoder
 from ldm.autoencoders.encoder import Encoder
 from ldm.autoencoders.gaussian import GaussianAutoencoder
+from ldm.nn.arguments import keeps_arguments
 from ldm.nn.weights import read_weights
 
 TARGET = "ldm.autoencoders.KLAutoencoder"
@@ -32,6 +33,9 @@ class KLAutoencoder(GaussianAutoencoder):
     Source: Rombach et al. 2022, section 3.1.
     """
 
+    arguments: dict[str, Any]
+
+    @keeps_arguments
     def __init__(
         self,
         image_channels: int = 3,

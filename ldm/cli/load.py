@@ -10,13 +10,13 @@ from omegaconf import OmegaConf
 
 from ldm.cli.build import build
 from ldm.cli.run_folder import newest_checkpoint, run_folder_of
-from ldm.generation import TextToImage
+from ldm.generation import Pipeline
 from ldm.nn.weights import read_weights
 from ldm.training import LatentDiffusionModule
 from ldm.training.frozen import restore_frozen
 
 
-def load(path: Path | str, *, device: str | None = None) -> TextToImage:
+def load(path: Path | str, *, device: str | None = None) -> Pipeline:
     """A trained latent-diffusion model with `.sample(prompts, seeds=...) -> list of PIL images`.
 
     Args:

@@ -14,7 +14,7 @@ from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.run_folder import latest_finished
 
 if TYPE_CHECKING:
-    from ldm.generation import TextToImage
+    from ldm.generation import Pipeline
 
 PRECISIONS = {"32": None, "bf16": "bfloat16", "16": "float16"}
 
@@ -47,7 +47,7 @@ def can_sample(folder: Path) -> bool:
     return config.is_file() and OmegaConf.select(OmegaConf.load(config), "sampler") is not None
 
 
-def open_pipeline(path: Path, device: str | None) -> TextToImage:
+def open_pipeline(path: Path, device: str | None) -> Pipeline:
     """Loads a model for sampling, by default onto the GPU if there is one.
 
     Raises:
@@ -76,7 +76,7 @@ def usable_device(device: str | None) -> str:
     return device
 
 
-def chosen_settings(config: DictConfig, pipeline: TextToImage) -> dict[str, Any]:
+def chosen_settings(config: DictConfig, pipeline: Pipeline) -> dict[str, Any]:
     """Settings of sampling that the command changes; the rest stays as the model was trained to be sampled."""
     chosen: dict[str, Any] = {"num_steps": config.steps, "image_size": config.get("image_size")}
     for part in ("sampler", "discretization"):
@@ -86,7 +86,7 @@ def chosen_settings(config: DictConfig, pipeline: TextToImage) -> dict[str, Any]
 
 
 @contextmanager
-def in_precision(precision: str, pipeline: TextToImage) -> Iterator[None]:
+def in_precision(precision: str, pipeline: Pipeline) -> Iterator[None]:
     """Runs the model in 32 bits, or in bf16 or 16 where that is safe (autocast).
 
     Raises:
@@ -114,7 +114,7 @@ def describe(settings: Any) -> dict[str, Any]:
     }
 
 
-def _guidance(node: DictConfig, pipeline: TextToImage) -> Any:
+def _guidance(node: DictConfig, pipeline: Pipeline) -> Any:
     """The chosen guidance, or the model's own with the values that the command sets, or None: as it is."""
     if "_target_" in node:
         return build(node)

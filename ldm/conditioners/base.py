@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,18 @@ class Conditioner(nn.Module, ABC):
     @abstractmethod
     def null(self, n: int) -> Conditioning:
         """The condition "nothing is known", n times: what condition dropout puts in, and guidance leads away from."""
+
+    def prompt_pair(
+        self, prompts: Sequence[str], negatives: Sequence[str], *, image_size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning]:
+        """What guidance needs to sample B prompts: (their conditions, what it leads away from), of equal shapes.
+
+        Args:
+            negatives: B texts; where all are empty, the null condition.
+            image_size: height and width in pixels of the pictures to come, for models that are told.
+        """
+        cond = self({"caption": list(prompts)})
+        return cond, self({"caption": list(negatives)}) if any(negatives) else self.null(len(prompts))
 
     def __call__(self, batch: dict[str, Any]) -> Conditioning:
         """`forward`, through the hooks of nn.Module."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ldm.generation.pipeline import Pipeline
 from ldm.generation.postprocess import grid, to_pil
-from ldm.generation.text_to_image import TextToImage
 
 
 class Reference(Protocol):
@@ -47,7 +47,7 @@ class Evaluation:
         self.prompts, self.metrics, self.reference = list(prompts), dict(metrics), reference
         self.seed, self.batch_size = seed, batch_size
 
-    def __call__(self, pipeline: TextToImage, folder: Path, **settings: Any) -> dict[str, float]:
+    def __call__(self, pipeline: Pipeline, folder: Path, **settings: Any) -> dict[str, float]:
         """Writes folder/evaluation.json and folder/evaluation.png and returns the numbers, as `metric/name`.
 
         Args:
@@ -66,7 +66,7 @@ class Evaluation:
         grid(to_pil(images[:100])).save(folder / "evaluation.png")
         return report
 
-    def sample(self, pipeline: TextToImage, **settings: Any) -> Tensor:
+    def sample(self, pipeline: Pipeline, **settings: Any) -> Tensor:
         """One image a prompt, (N, 3, H, W) in [-1, 1]."""
         seeds = range(self.seed, self.seed + len(self.prompts))
         texts = [prompt["prompt"] for prompt in self.prompts]

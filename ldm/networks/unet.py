@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.diffusion.conditioning import Conditioning
 from ldm.networks.unet_blocks import AttentionLayers, UNetLayers, per_level
 from ldm.nn import timestep_embedding
+from ldm.nn.arguments import keeps_arguments
 
 
 class UNet(nn.Module):
@@ -43,6 +45,9 @@ class UNet(nn.Module):
     Source: Rombach et al. 2022; Dhariwal and Nichol 2021; Podell et al. 2023.
     """
 
+    arguments: dict[str, Any]
+
+    @keeps_arguments
     def __init__(
         self,
         in_channels: int,

@@ -18,6 +18,9 @@ MAX_HISTORY = 4
 Noise = Callable[[], Tensor]
 """Draws fresh standard normal noise of the shape of x; each sample's from its own generator."""
 
+Constrain = Callable[[Tensor, Tensor], Tensor]
+"""constrain(x_s (B, C, H, W), s ()) -> x_s: what a task knows of the result, such as the part outside a mask."""
+
 
 class Evaluation(NamedTuple):
     """One answer of the model: at time t () it believed `prediction`."""
@@ -68,15 +71,27 @@ class Sampler(ABC):
         """x_s from x_t, for times t > s of shape ()."""
 
     def trajectory(
-        self, denoise: Denoise, schedule: Schedule, x: Tensor, *, times: Tensor, noise: Noise
+        self,
+        denoise: Denoise,
+        schedule: Schedule,
+        x: Tensor,
+        *,
+        times: Tensor,
+        noise: Noise,
+        constrain: Constrain | None = None,
     ) -> Iterator[State]:
-        """Yields the start and every step's state; times (num_steps + 1,) fall from the noise of x to 0."""
+        """Yields the start and every step's state; times (num_steps + 1,) fall from the noise of x.
+
+        Args:
+            constrain: corrects the state after every step.
+        """
         process = Process(denoise, schedule, noise)
         yield State(times[0], x, None)
         for t, s in pairwise(times):
             del process.history[:-MAX_HISTORY]
             num_answers = len(process.history)
             x = self.step(process, x, t, s)
+            x = x if constrain is None else constrain(x, s)
             yield State(s, x, process.history[num_answers].prediction)
 
     def __call__(self, denoise: Denoise, schedule: Schedule, x: Tensor, *, times: Tensor, noise: Noise) -> Tensor:

@@ -19,7 +19,7 @@ from ldm.autoencoders import GaussianAutoencoder
 from ldm.conditioners import Conditioner
 from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser
-from ldm.generation import SamplingSettings, TextToImage
+from ldm.generation import Pipeline, SamplingSettings
 from ldm.generation.encode import weights_sha256
 from ldm.nn.weights import save_weights
 from ldm.training.ema import EMA
@@ -155,19 +155,19 @@ class LatentDiffusionModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = restore_frozen(self, checkpoint["state_dict"])
 
-    def pipeline(self) -> TextToImage:
+    def pipeline(self) -> Pipeline:
         """The moving average as something to sample from."""
         model = self.ema.module
-        return TextToImage(
+        return Pipeline(
             model.denoiser, conditioner=model.conditioner, autoencoder=self.autoencoder, settings=self.sampling
         )
 
     def sample(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Image]:
-        """Images of the moving average; settings as in `TextToImage.sample`."""
+        """Images of the moving average; settings as in `Pipeline.sample`."""
         return self.pipeline().sample(prompts, seeds=seeds, **settings)
 
     def sample_trajectory(self, prompt: str, *, seed: int) -> list[tuple[Image, Image]]:
-        """The steps of one picture, (x_t, believed x_0): see `TextToImage.trajectory`."""
+        """The steps of one picture, (x_t, believed x_0): see `Pipeline.trajectory`."""
         return self.pipeline().trajectory(prompt, seed=seed)
 
     def finish(self, folder: Path, *, data: pl.LightningDataModule, config: dict[str, Any]) -> dict[str, Any]:

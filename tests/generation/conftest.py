@@ -9,7 +9,7 @@ from torch import nn
 from ldm.autoencoders import KLAutoencoder
 from ldm.conditioners import TextTransformer, WordTokenizer
 from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
-from ldm.generation import SamplingSettings, TextToImage
+from ldm.generation import Pipeline, SamplingSettings
 from ldm.networks import UNet
 from ldm.samplers import DDIM, Trailing
 
@@ -25,10 +25,10 @@ def fill(module: nn.Module) -> None:
 
 
 @pytest.fixture
-def make_pipeline() -> Callable[..., TextToImage]:
+def make_pipeline() -> Callable[..., Pipeline]:
     """Builds an untrained model for 16 x 16 pictures; options replace the schedule or sampling settings."""
 
-    def make(**options: Any) -> TextToImage:
+    def make(**options: Any) -> Pipeline:
         torch.manual_seed(0)
         conditioner = TextTransformer(WordTokenizer(["red", "blue", "seven"], length=5), width=8, depth=1, num_heads=2)
         network = UNet(
@@ -54,6 +54,6 @@ def make_pipeline() -> Callable[..., TextToImage]:
             "image_size": 16,
         }
         settings = SamplingSettings(**(defaults | options))
-        return TextToImage(denoiser, conditioner=conditioner, autoencoder=autoencoder, settings=settings)
+        return Pipeline(denoiser, conditioner=conditioner, autoencoder=autoencoder, settings=settings)
 
     return make

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchmetrics import Metric
 
-from ldm.generation import TextToImage
+from ldm.generation import Pipeline
 from ldm.generation.evaluate import Evaluation
 
 PROMPTS = [{"prompt": "red", "digit": 3}, {"prompt": "blue", "digit": 4}, {"prompt": "seven", "digit": 7}]
@@ -50,7 +50,7 @@ def make(**options: Any) -> Evaluation:
 
 
 def test_metrics_see_one_image_a_prompt_and_every_real_one(
-    make_pipeline: Callable[..., TextToImage], tmp_path: Path
+    make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     pipeline = make_pipeline()
     report = make()(pipeline, tmp_path / "new" / "folder", num_steps=2)
@@ -63,7 +63,7 @@ def test_metrics_see_one_image_a_prompt_and_every_real_one(
         assert sheet.size == (2 * 18 + 2, 2 * 18 + 2)
 
 
-def test_a_second_evaluation_starts_afresh(make_pipeline: Callable[..., TextToImage], tmp_path: Path) -> None:
+def test_a_second_evaluation_starts_afresh(make_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     evaluation, pipeline = make(), make_pipeline()
     first, second = (evaluation(pipeline, tmp_path) for _ in range(2))
     del first["seconds_sampling"], second["seconds_sampling"]

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from ldm.diffusion import Guidance
 from ldm.diffusion.schedules import EDM, RectifiedFlow, ScaledLinear, Schedule
-from ldm.generation import SeededNoise, TextToImage, to_pil
+from ldm.generation import Pipeline, SeededNoise, to_pil
 from ldm.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 
-MakePipeline = Callable[..., TextToImage]
+MakePipeline = Callable[..., Pipeline]
 PROMPTS = ["red seven", "blue", "seven blue red", "", "red"]
 SEEDS = [5, 0, 5, 12345, 2**32 - 1]
 # One step of the 255 of a pixel, in images whose values span 2.

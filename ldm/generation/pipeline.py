@@ -35,7 +35,7 @@ class SamplingSettings:
     image_size: int
 
 
-class TextToImage:
+class Pipeline:
     """A trained model, ready to sample.
 
     Args:

@@ -1,0 +1,1 @@
+"""Models of other projects: their files become our modules, and ours become their files."""
