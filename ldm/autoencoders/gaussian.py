@@ -1,15 +1,14 @@
-"""What every autoencoder with a Gaussian posterior shares: moments, the posterior, and the scale of its latents."""
+"""What every autoencoder with a Gaussian posterior shares: moments and the posterior."""
 
-import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from einops import reduce
-from torch import Tensor, nn
+from torch import Tensor
+
+from ldm.autoencoders.autoencoder import Autoencoder
 
 LOGVAR_RANGE = (-30.0, 20.0)
-IMAGE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,43 +47,25 @@ class DiagonalGaussian:
         return 0.5 * reduce(mean.square() + logvar.exp() - 1.0 - logvar, "b c h w -> b", "sum")
 
 
-class GaussianAutoencoder(nn.Module, ABC):
+class GaussianAutoencoder(Autoencoder):
     """An autoencoder whose moments (B, 2C, h, w) are the mean and log-variance of its latents.
 
-    Subclasses give `encode` and `decode`. The buffers `latent_scale` and `latent_shift` (scalars) are the
-    autoencoder's own: latents = (sample - shift) * scale. Raises ValueError for a scale that is not positive.
+    Subclasses give `encode` and `decode`. Raises ValueError for a scale that is not positive.
     """
 
-    latent_scale: Tensor
-    latent_shift: Tensor
+    regularization = "kl"
+    loss_unit = "image"
 
     def __init__(
         self, *, latent_channels: int, downsampling_factor: int, latent_scale: float = 1.0, latent_shift: float = 0.0
     ) -> None:
-        super().__init__()
-        self.latent_channels = latent_channels
-        self.downsampling_factor = downsampling_factor
-        self.register_buffer("latent_scale", torch.ones(()))
-        self.register_buffer("latent_shift", torch.zeros(()))
-        self.set_latent_scale(latent_scale, latent_shift)
-
-    def set_latent_scale(self, scale: float, shift: float = 0.0) -> None:
-        """Set the scale and shift between samples and latents, in place."""
-        if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
-            raise ValueError(
-                f"got a latent scale of {scale} and shift of {shift}, expected a positive and a finite number; "
-                "measure them on latents that are finite and not constant"
-            )
-        self.latent_scale.fill_(scale)
-        self.latent_shift.fill_(shift)
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [-1, 1] to unscaled moments (B, 2C, h, w)."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Map scaled latents (B, C, h, w) to images (B, 3, H, W), about in [-1, 1]."""
+        super().__init__(
+            latent_channels=latent_channels,
+            moment_channels=2 * latent_channels,
+            downsampling_factor=downsampling_factor,
+            latent_scale=latent_scale,
+            latent_shift=latent_shift,
+        )
 
     def posterior(self, moments: Tensor) -> DiagonalGaussian:
         """The distribution of unscaled latents that moments (B, 2C, h, w) stand for."""
@@ -93,22 +74,15 @@ class GaussianAutoencoder(nn.Module, ABC):
     def to_latents(self, moments: Tensor, *, noise: Tensor | None) -> Tensor:
         """Scaled latents (B, C, h, w): a sample by standard normal noise (B, C, h, w), or the mean for None."""
         posterior = self.posterior(moments)
-        latents = posterior.mode() if noise is None else posterior.sample(noise)
-        return (latents - self.latent_shift) * self.latent_scale
+        return self.scaled(posterior.mode() if noise is None else posterior.sample(noise))
 
-    def from_latents(self, latents: Tensor) -> Tensor:
-        """Undo the scale: latents (B, C, h, w) as `to_latents` gives them, back to the posterior's units."""
-        return latents / self.latent_scale + self.latent_shift
+    def mean_and_std(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the posterior."""
+        posterior = self.posterior(moments)
+        return posterior.mean, posterior.std
 
-    def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless images (B, C, H, W) lie in [-1, 1] and divide into latents."""
-        height, width = images.shape[-2:]
-        factor = self.downsampling_factor
-        if height % factor or width % factor:
-            raise ValueError(f"got images of {height}x{width}, expected multiples of {factor}; crop or resize them")
-        # One reduction and one transfer; NaN fails the comparison too.
-        extent = images.detach().abs().amax().item()
-        if not extent <= 1.0 + IMAGE_TOLERANCE:
-            raise ValueError(
-                f"got images with values up to {extent:g} in size, expected [-1, 1]; scale 0..255 by x / 127.5 - 1"
-            )
+    def forward(self, images: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(Reconstructions (B, 3, H, W) through a sample of the posterior, mean KL divergence in nats an image)."""
+        moments = self.encode(images)
+        reconstructions = self.decode(self.to_latents(moments, noise=noise))
+        return reconstructions, self.posterior(moments).kl().mean()

@@ -1,8 +1,7 @@
 """The KL-regularised convolutional autoencoder."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,9 +10,6 @@ from ldm.autoencoders.decoder import Decoder
 from ldm.autoencoders.encoder import Encoder
 from ldm.autoencoders.gaussian import GaussianAutoencoder
 from ldm.nn.arguments import keeps_arguments
-from ldm.nn.weights import read_weights
-
-TARGET = "ldm.autoencoders.KLAutoencoder"
 
 
 class KLAutoencoder(GaussianAutoencoder):
@@ -72,19 +68,6 @@ class KLAutoencoder(GaussianAutoencoder):
         self.decoder = Decoder(latent_channels, image_channels, geometry=geometry)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Rebuild the autoencoder in a self-describing weights file, in eval mode.
-
-        Raises FileNotFoundError without the file and ValueError when it holds something else.
-        """
-        state_dict, target, config = read_weights(path)
-        if target != TARGET:
-            raise ValueError(f"got weights of {target} in {path}, expected {TARGET}; give an autoencoder's file")
-        autoencoder = cls(**config)
-        autoencoder.load_state_dict(state_dict)
-        return autoencoder.eval()
 
     @property
     def last_layer(self) -> nn.Parameter:

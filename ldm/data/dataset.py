@@ -23,7 +23,7 @@ class ShardDataset(Dataset[Item]):
     """Images or moments with captions, read at random out of tar shards.
 
     An item is asked for by (position, index, epoch) and holds "image" float32 (3, H, W) in [-1, 1] or "moments"
-    float32 (2C, h, w), "caption", "index", "position" and the numeric json `columns`. The caption is the sample's
+    float32 (M, h, w), "caption", "index", "position" and the numeric json `columns`. The caption is the sample's
     .txt, else its json caption, else empty. Mirroring depends on (seed, epoch, index) alone.
     `cache` keeps decoded samples, before augmentation, in the memory of each process that reads.
     """

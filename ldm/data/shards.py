@@ -233,10 +233,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_moments(content: bytes) -> np.ndarray:
-    """Decode npy bytes into moments float32 (2C, h, w); raises ValueError for pickled or misshapen arrays."""
+    """Decode npy bytes into moments float32 (M, h, w); raises ValueError for pickled or misshapen arrays."""
     moments: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    if moments.ndim != 3 or moments.shape[0] % 2 or moments.dtype.kind != "f":
-        raise ValueError(f"got moments {moments.dtype} {moments.shape}, expected floats (2C, h, w)")
+    if moments.ndim != 3 or moments.dtype.kind != "f":
+        raise ValueError(f"got moments {moments.dtype} {moments.shape}, expected floats (M, h, w)")
     return moments.astype(np.float32, copy=False)
 
 

@@ -39,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """Autoencoder moments (2C, h, w) float32, unscaled, of one image, with its caption."""
+    """Autoencoder moments (M, h, w) float32, unscaled, of one image, with its caption."""
 
     moments: np.ndarray
     caption: str
@@ -92,7 +92,7 @@ def write_latent_shards(
     """Write moments as shards whose members are `.npy`, `.txt` and `.json`; return the manifest.
 
     The manifest and every json carry `encoder_sha256`, so that latents of two encoders can never be mixed.
-    Raises ValueError as `write_shards` does, and for moments that are not (2C, h, w).
+    Raises ValueError as `write_shards` does, and for moments that are not (M, h, w).
     """
     samples = (_latent_sample(record, encoder_sha256) for record in records)
     facts = {"encoder_sha256": encoder_sha256}
@@ -143,8 +143,8 @@ def _encoded(
 
 def _latent_sample(record: LatentRecord, encoder_sha256: str) -> _Sample:
     moments = np.ascontiguousarray(record.moments, dtype=np.float32)
-    if moments.ndim != 3 or moments.shape[0] % 2:
-        raise ValueError(f"moments: got shape {moments.shape}, expected (2C, h, w), mean and logvar on axis 0")
+    if moments.ndim != 3:
+        raise ValueError(f"moments: got shape {moments.shape}, expected (M, h, w), the moments of one image")
     stream = io.BytesIO()
     np.save(stream, moments, allow_pickle=False)
     facts = {"encoder_sha256": encoder_sha256, "shape": list(moments.shape), "status": "success"}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ldm.autoencoders import GaussianAutoencoder
+from ldm.autoencoders import Autoencoder
 from ldm.data import LatentRecord, write_latent_shards
 
 
@@ -24,14 +24,16 @@ class Splits(Protocol):
 
 @torch.no_grad()
 def encode_dataset(
-    autoencoder: GaussianAutoencoder,
+    autoencoder: Autoencoder,
     data: Splits,
     folder: Path,
     *,
     batch_size: int = 256,
     samples_per_shard: int = 2000,
 ) -> dict[str, Any]:
-    """Writes folder/<split>/ with moments (mean and log-variance, so that sampling noise stays fresh) and captions.
+    """Writes folder/<split>/ with moments and captions.
+
+    Of a Gaussian posterior these are mean and log-variance, so that sampling noise stays fresh.
 
     Every shard carries the hash of the autoencoder that made it. Returns the number of samples by split.
     """
@@ -56,7 +58,7 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _records(autoencoder: GaussianAutoencoder, batches: Iterator[dict[str, Any]]) -> Iterator[LatentRecord]:
+def _records(autoencoder: Autoencoder, batches: Iterator[dict[str, Any]]) -> Iterator[LatentRecord]:
     device = autoencoder.latent_scale.device
     for batch in batches:
         moments = autoencoder.encode(batch["image"].to(device)).float().cpu().numpy()

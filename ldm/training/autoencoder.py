@@ -1,4 +1,4 @@
-"""Training of the autoencoder: reconstruction, KL, and an adversary that looks at patches."""
+"""Training of the autoencoder: reconstruction, regularisation, and an adversary that looks at patches."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.autoencoders import KLAutoencoder
+from ldm.autoencoders import Autoencoder, KLAutoencoder, VQAutoencoder
 from ldm.data import ShardDataModule
+from ldm.metrics import CodebookUsage
 from ldm.networks import PatchDiscriminator
 from ldm.nn.weights import save_weights
 from ldm.training.latent_scale import measure_latent_scale
 from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss, reconstruction_loss
 from ldm.training.randomness import normal
 
+# Rombach et al. 2022, appendix G, and the configs of its code.
+PUBLISHED_WEIGHTS = {"kl": 1e-6, "quantization": 1.0}
+
 
 class AutoencoderModule(pl.LightningModule):
-    """Trains a KL autoencoder and a patch discriminator, both on every batch (Rombach et al. 2022, appendix G).
+    """Trains an autoencoder and a patch discriminator, both on every batch (Rombach et al. 2022, appendix G).
 
     The loss of the generator sees the discriminator's weights detached, so one backward pass serves both networks and
     each parameter gets its gradient once, as distributed training needs. Steps are counted here, by batch:
@@ -33,21 +37,28 @@ class AutoencoderModule(pl.LightningModule):
         autoencoder, discriminator: what is trained.
         optimizer, discriminator_optimizer: from parameters to an optimizer.
         lr_schedule: from an optimizer to a schedule, stepped with it.
-        kl_weight: on the KL divergence in nats an image, against the absolute error summed over an image.
+        kl_weight: of a KL autoencoder, on the divergence in nats an image, against the absolute error summed over an
+            image; None is 1e-6.
+        quantization_weight: of a VQ autoencoder, on its codebook and commitment loss, against the mean absolute error;
+            None is 1.
         adversarial_weight: on the generator's loss, times the ratio of gradients (Esser et al. 2021, eq. 7).
         adversarial_start: the step from which the discriminator takes part.
         seed: of the posterior's noise.
+
+    Raises:
+        ValueError: a weight for a loss that this autoencoder does not have.
     """
 
     def __init__(
         self,
-        autoencoder: KLAutoencoder,
+        autoencoder: KLAutoencoder | VQAutoencoder,
         *,
         discriminator: PatchDiscriminator,
         optimizer: Callable[..., Optimizer],
         discriminator_optimizer: Callable[..., Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler],
-        kl_weight: float = 1e-6,
+        kl_weight: float | None = None,
+        quantization_weight: float | None = None,
         adversarial_weight: float = 0.5,
         adversarial_start: int = 50001,
         seed: int = 0,
@@ -57,8 +68,12 @@ class AutoencoderModule(pl.LightningModule):
         self.autoencoder, self.discriminator = autoencoder, discriminator
         self.make_optimizers = (optimizer, discriminator_optimizer)
         self.make_lr_schedule = lr_schedule
-        self.kl_weight, self.adversarial_weight = kl_weight, adversarial_weight
+        self.regularization_weight = chosen_weight(autoencoder, kl=kl_weight, quantization=quantization_weight)
+        self.adversarial_weight = adversarial_weight
         self.adversarial_start, self.seed = adversarial_start, seed
+        self.codebook_usage = (
+            CodebookUsage(autoencoder.quantize.num_codes) if isinstance(autoencoder, VQAutoencoder) else None
+        )
         self.num_steps = 0
 
     @property
@@ -82,21 +97,19 @@ class AutoencoderModule(pl.LightningModule):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The sum of both networks' losses; each network has gradients of its own loss only."""
-        images = batch["image"]
-        reconstructions, kl = self.reconstruct_sampled(images, batch["position"])
-        reconstruction = reconstruction_loss(images, reconstructions)
-        loss = reconstruction + self.kl_weight * kl
-        self.log_dict({"train/reconstruction": reconstruction.detach() / images[0].numel(), "train/kl": kl.detach()})
+        images, name = batch["image"], self.autoencoder.regularization
+        reconstructions, regularization = self.reconstruct_sampled(images, batch["position"])
+        reconstruction = reconstruction_loss(images, reconstructions, per=self.autoencoder.loss_unit)
+        loss = reconstruction + self.regularization_weight * regularization
+        error = reconstruction_loss(images.detach(), reconstructions.detach(), per="value")
+        self.log_dict({"train/reconstruction": error, f"train/{name}": regularization.detach()})
         self.log("train/loss", loss.detach())
         return loss + self.adversarial_loss(images, reconstructions, reconstruction)
 
     def reconstruct_sampled(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(reconstructions (B, 3, H, W) through a sample of the posterior, mean KL divergence in nats)."""
-        moments = self.autoencoder.encode(images)
-        channels, *size = moments.shape[1:]
-        noise = normal(self.seed, positions, (channels // 2, *size))
-        latents = self.autoencoder.to_latents(moments, noise=noise)
-        return self.autoencoder.decode(latents), self.autoencoder.posterior(moments).kl().mean()
+        """(Reconstructions (B, 3, H, W) through sampled latents, the autoencoder's regularisation loss)."""
+        noise = normal(self.seed, positions, self.autoencoder.latent_shape(images))
+        return self.autoencoder(images, noise=noise)
 
     def adversarial_loss(self, images: Tensor, reconstructions: Tensor, reconstruction: Tensor) -> Tensor:
         """The generator's and the discriminator's losses, whose gradients do not mix."""
@@ -113,8 +126,12 @@ class AutoencoderModule(pl.LightningModule):
         return weight * generator + discriminator
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Absolute error a pixel and peak signal-to-noise ratio in dB of the posterior's mean."""
-        images, reconstructions = batch["image"], self.reconstruct(batch["image"])
+        """Absolute error a pixel and peak signal-to-noise ratio in dB of the mean latents; counts codes in use."""
+        images, moments = batch["image"], self.autoencoder.encode(batch["image"])
+        if isinstance(self.autoencoder, VQAutoencoder):
+            assert self.codebook_usage is not None
+            self.codebook_usage.update(self.autoencoder.codes(moments))
+        reconstructions = self.decode_mean(moments)
         mean_square = ((images - reconstructions) / 2).square().flatten(1).mean(1)
         values = {
             "val/reconstruction": (images - reconstructions).abs().mean(),
@@ -122,10 +139,21 @@ class AutoencoderModule(pl.LightningModule):
         }
         self.log_dict(values, sync_dist=True, batch_size=len(images))
 
+    def on_validation_epoch_end(self) -> None:
+        if self.codebook_usage is None:
+            return
+        usage, perplexity = self.codebook_usage.compute()
+        self.codebook_usage.reset()
+        # The metric has added up the ranks already; their mean is what each of them has.
+        self.log_dict({"val/codebook_usage": usage.float(), "val/perplexity": perplexity.float()}, sync_dist=True)
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) through the posterior's mean and back, clipped to [-1, 1]."""
-        moments = self.autoencoder.encode(images)
+        """Images (B, 3, H, W) through the mean latents and back, clipped to [-1, 1]."""
+        return self.decode_mean(self.autoencoder.encode(images))
+
+    def decode_mean(self, moments: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of the mean latents of moments (B, M, h, w), clipped to [-1, 1]."""
         return self.autoencoder.decode(self.autoencoder.to_latents(moments, noise=None)).clamp(-1, 1)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
@@ -149,6 +177,22 @@ class AutoencoderModule(pl.LightningModule):
         if self.global_rank == 0:
             save_weights(path, self.autoencoder.state_dict(), target=config["autoencoder"]["_target_"], config=geometry)
         return {"autoencoder": path.name, "latent_scale": scale, "latent_shift": shift}
+
+
+def chosen_weight(autoencoder: Autoencoder, **weights: float | None) -> float:
+    """The weight on the autoencoder's regularisation loss, by the name of that loss; None is the published one.
+
+    Raises ValueError for the weight of a loss that this autoencoder does not have.
+    """
+    name = autoencoder.regularization
+    strange = [f"{other}_weight={weight}" for other, weight in weights.items() if other != name and weight is not None]
+    if strange:
+        raise ValueError(
+            f"got {', '.join(strange)} for a {type(autoencoder).__name__}, expected {name}_weight, since its loss is "
+            f"{name}; leave the other out (~model.{strange[0].partition('=')[0]})"
+        )
+    weight = weights[name]
+    return PUBLISHED_WEIGHTS[name] if weight is None else weight
 
 
 def _count_nothing() -> None:

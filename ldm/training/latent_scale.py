@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ldm.autoencoders import GaussianAutoencoder
+from ldm.autoencoders import Autoencoder
 from ldm.data import ShardDataModule
 
 
 @torch.no_grad()
-def measure_latent_scale(autoencoder: GaussianAutoencoder, data: ShardDataModule) -> tuple[float, float]:
-    """(shift, scale) such that (sample - shift) * scale has mean 0 and variance 1 over the training set.
+def measure_latent_scale(autoencoder: Autoencoder, data: ShardDataModule) -> tuple[float, float]:
+    """(shift, scale) such that (value - shift) * scale has mean 0 and variance 1 over the training set.
 
     Sums are float64 and over all ranks, so that every rank gets the same numbers whatever its share of the data. The
     variance counts the posterior's own, in closed form.
@@ -23,8 +23,8 @@ def measure_latent_scale(autoencoder: GaussianAutoencoder, data: ShardDataModule
     device = autoencoder.latent_scale.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # count, sum, sum of squares
     for batch in data.iterate_once("train", 256):
-        posterior = autoencoder.posterior(autoencoder.encode(batch["image"].to(device)))
-        mean, variance = posterior.mean.double(), posterior.std.double() ** 2
+        mean, std = autoencoder.mean_and_std(autoencoder.encode(batch["image"].to(device)))
+        mean, variance = mean.double(), std.double() ** 2
         sums += torch.stack([mean.new_tensor(mean.numel()), mean.sum(), (mean**2 + variance).sum()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)

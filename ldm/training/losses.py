@@ -8,9 +8,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def reconstruction_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """L1 distance summed over an image, mean over the batch: the scale to which LDM's kl_weight refers."""
-    return (images - reconstructions).abs().flatten(1).sum(1).mean()
+def reconstruction_loss(images: Tensor, reconstructions: Tensor, *, per: str = "image") -> Tensor:
+    """L1 distance, mean over the batch, and over an image its sum or its mean.
+
+    The sum is the scale to which LDM's kl_weight refers, the mean that of its codebook_weight.
+
+    Args:
+        images, reconstructions: (B, 3, H, W).
+        per: "image" for the sum, "value" for the mean.
+
+    Raises:
+        ValueError: another word.
+    """
+    error = (images - reconstructions).abs()
+    if per == "image":
+        return error.flatten(1).sum(1).mean()
+    if per == "value":
+        return error.mean()
+    raise ValueError(f"got per={per!r}, expected 'image' or 'value'; choose one of them")
 
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

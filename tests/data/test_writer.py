@@ -149,6 +149,6 @@ def test_columns_may_not_hide_the_writers_own(tmp_path: Path) -> None:
         write_shards(tmp_path, [Record(np.zeros((2, 2, 3), np.uint8), "x", {"width": 3})])
 
 
-def test_moments_without_logvar_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got shape \(3, 2, 2\), expected \(2C, h, w\)"):
-        write_latent_shards(tmp_path, [LatentRecord(np.zeros((3, 2, 2)), "x")], encoder_sha256="abc")
+def test_moments_of_a_whole_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got shape \(1, 3, 2, 2\), expected \(M, h, w\)"):
+        write_latent_shards(tmp_path, [LatentRecord(np.zeros((1, 3, 2, 2)), "x")], encoder_sha256="abc")

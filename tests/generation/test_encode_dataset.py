@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldm.autoencoders import IdentityAutoencoder, KLAutoencoder
-from ldm.autoencoders.gaussian import GaussianAutoencoder
+from ldm.autoencoders import Autoencoder, IdentityAutoencoder, KLAutoencoder, VQAutoencoder
 from ldm.data import Record, ShardDataModule, read_manifest, write_shards
 from ldm.generation.encode import encode_dataset, weights_sha256
 
@@ -29,9 +28,16 @@ def images(tmp_path: Path) -> ShardDataModule:
     )
 
 
-@pytest.mark.parametrize("autoencoder", [make_autoencoder(), IdentityAutoencoder()], ids=["kl", "identity"])
+def make_quantized() -> VQAutoencoder:
+    torch.manual_seed(0)
+    return VQAutoencoder(num_codes=16, base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4)
+
+
+@pytest.mark.parametrize(
+    "autoencoder", [make_autoencoder(), IdentityAutoencoder(), make_quantized()], ids=["kl", "identity", "vq"]
+)
 def test_shards_of_moments_hold_what_the_encoder_says_of_each_image(
-    autoencoder: GaussianAutoencoder, images: ShardDataModule, tmp_path: Path
+    autoencoder: Autoencoder, images: ShardDataModule, tmp_path: Path
 ) -> None:
     encode_dataset(autoencoder.train(), images, tmp_path / "latents", batch_size=3, samples_per_shard=6)
     folders = [tmp_path / "latents" / split for split in NUM_SAMPLES]
@@ -39,6 +45,7 @@ def test_shards_of_moments_hold_what_the_encoder_says_of_each_image(
     for split in NUM_SAMPLES:
         pairs = zip(images.iterate_once(split, 4), latents.iterate_once(split, 4), strict=True)
         for image, latent in pairs:
+            assert latent["moments"].shape[1] == autoencoder.moment_channels
             with torch.no_grad():
                 assert_close(latent["moments"], autoencoder.eval().encode(image["image"]), rtol=1e-4, atol=1e-5)
             assert latent["caption"] == image["caption"]

@@ -1,4 +1,4 @@
-"""Trains both modules in two processes that talk through gloo; Lightning starts this file once more for the second.
+"""Trains the modules in two processes that talk through gloo; Lightning starts this file once more for the second.
 
 Usage: ddp_worker.py FOLDER, which holds the shards `colours` and takes what each rank ends with.
 """
@@ -24,6 +24,11 @@ MODULES = {
     "latent_diffusion": partial(tiny_models.latent_diffusion_module, optimizer=partial(sgd, lr=0.1)),
     "autoencoder": partial(
         tiny_models.autoencoder_module, optimizer=partial(sgd, lr=1e-5), discriminator_optimizer=partial(sgd, lr=1e-3)
+    ),
+    "vq_autoencoder": partial(
+        tiny_models.vq_autoencoder_module,
+        optimizer=partial(sgd, lr=1e-2),
+        discriminator_optimizer=partial(sgd, lr=1e-3),
     ),
 }
 

@@ -5,9 +5,15 @@ from torch.testing import assert_close
 from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss, reconstruction_loss
 
 
-def test_reconstruction_is_absolute_error_summed_over_an_image() -> None:
+def test_reconstruction_is_absolute_error_summed_over_an_image_or_a_mean_over_values() -> None:
     images, offset = torch.zeros(4, 3, 5, 6), torch.tensor([0.5, -0.5, 1.0, 0.0]).view(4, 1, 1, 1)
     assert_close(reconstruction_loss(images, images + offset), torch.tensor(0.5 * 3 * 5 * 6))
+    assert_close(reconstruction_loss(images, images + offset, per="value"), torch.tensor(0.5))
+
+
+def test_an_unknown_reduction_is_refused() -> None:
+    with pytest.raises(ValueError, match="got per='pixel', expected 'image' or 'value'"):
+        reconstruction_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), per="pixel")
 
 
 @pytest.mark.parametrize(

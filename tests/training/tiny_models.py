@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ldm.autoencoders import KLAutoencoder
+from ldm.autoencoders import KLAutoencoder, VQAutoencoder
 from ldm.conditioners import TextTransformer, WordTokenizer
 from ldm.data import Record, write_shards
 from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
@@ -38,6 +38,15 @@ def tiny_autoencoder() -> KLAutoencoder:
     """4 latent channels at half the resolution."""
     autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4, latent_scale=0.8)
     fill(autoencoder)
+    return autoencoder
+
+
+def tiny_quantized(**options: Any) -> VQAutoencoder:
+    """As `tiny_autoencoder`, with a codebook whose entries are of the size of latents; options replace arguments."""
+    geometry = {"base_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
+    autoencoder = VQAutoencoder(**{"latent_channels": 4, "num_codes": 32, **geometry, **options})
+    fill(autoencoder)
+    autoencoder.quantize.embedding.weight.data *= 2
     return autoencoder
 
 
@@ -103,6 +112,11 @@ def autoencoder_module(**options: Any) -> AutoencoderModule:
         "seed": 7,
     }
     return AutoencoderModule(**(defaults | options))
+
+
+def vq_autoencoder_module(**options: Any) -> AutoencoderModule:
+    """The same on a codebook."""
+    return autoencoder_module(**({"autoencoder": tiny_quantized(), "kl_weight": None} | options))
 
 
 def write_colours(folder: Path, num_samples: int = 24) -> None:
