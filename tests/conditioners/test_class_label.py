@@ -43,3 +43,18 @@ def test_a_label_outside_the_classes_is_refused(label: int) -> None:
     """Label 10 of 10 classes would quietly train the null token."""
     with pytest.raises(ValueError, match=rf"^got digit={label}, expected labels from 0 to 9"):
         make()({"digit": torch.tensor([0, label])})
+
+
+def test_prompts_are_classes_by_number_and_empty_ones_no_class() -> None:
+    conditioner = make()
+    cond, uncond = conditioner.prompt_pair(["3", " 9 ", ""], ["", "2", ""], image_size=(8, 8))
+    weight = conditioner.embedding.weight
+    assert_close(cond.context, weight[[3, 9, 10]][:, None])
+    assert_close(uncond.context, weight[[10, 2, 10]][:, None])
+
+
+def test_a_prompt_in_words_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^got the prompt 'a cat', expected a class by number, 0 to 9"):
+        make().prompt_pair(["3", "a cat"], ["", ""], image_size=(8, 8))
+    with pytest.raises(ValueError, match=r"^got digit=10, expected labels from 0 to 9"):
+        make().prompt_pair(["10"], [""], image_size=(8, 8))
