@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.samplers.base import Process, Sampler
-
-# Beyond this noise level x / alpha has lost the digits that a correction needs (zero terminal SNR): Euler there.
-MAX_RATIO = 1e4
+from ldm.samplers.base import MAX_RATIO, Process, Sampler
 
 
 class Heun(Sampler):

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from ldm.diffusion.schedules import EDM, Cosine, DiscreteSchedule, Linear, RectifiedFlow, ScaledLinear, Schedule
-from ldm.samplers import Discretization, Karras, Trailing, Uniform
+from ldm.samplers import Beta, Discretization, Exponential, Karras, Linspace, Trailing
 
 SCHEDULES = [Linear(), ScaledLinear(zero_terminal_snr=True), EDM(), RectifiedFlow()]
 ONE_TO_EIGHTY = Karras(sigma_min=1.0, sigma_max=80.0)
@@ -12,7 +12,7 @@ ONE_TO_EIGHTY = Karras(sigma_min=1.0, sigma_max=80.0)
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["linear", "zero_terminal_snr", "edm", "rectified_flow"])
 @pytest.mark.parametrize(
-    "discretization", [Uniform(), Trailing(), ONE_TO_EIGHTY], ids=["uniform", "trailing", "karras"]
+    "discretization", [Linspace(), Trailing(), ONE_TO_EIGHTY], ids=["linspace", "trailing", "karras"]
 )
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 400])
 def test_times_fall_from_noise_to_zero(discretization: Discretization, schedule: Schedule, num_steps: int) -> None:
@@ -23,7 +23,7 @@ def test_times_fall_from_noise_to_zero(discretization: Discretization, schedule:
     assert times[0].item() == pytest.approx(start, rel=1e-6)
 
 
-@pytest.mark.parametrize("discretization", [Uniform(), Trailing()], ids=["uniform", "trailing"])
+@pytest.mark.parametrize("discretization", [Linspace(), Trailing()], ids=["linspace", "trailing"])
 @pytest.mark.parametrize("num_steps", [3, 30, 999, 1000])
 def test_times_of_discrete_schedules_are_training_steps(discretization: Discretization, num_steps: int) -> None:
     schedule = Linear()
@@ -31,8 +31,8 @@ def test_times_of_discrete_schedules_are_training_steps(discretization: Discreti
     assert_close(index, index.round(), rtol=0, atol=1e-4)
 
 
-def test_uniform_visits_the_first_and_the_last_training_step() -> None:
-    index = Linear().network_time(Uniform()(10, Linear())[:-1].double())
+def test_linspace_visits_the_first_and_the_last_training_step() -> None:
+    index = Linear().network_time(Linspace()(10, Linear())[:-1].double())
     assert_close(index, torch.arange(999, -1, -111).double(), rtol=0, atol=1e-4)
 
 
@@ -78,7 +78,7 @@ def test_karras_above_the_trained_noise_levels_is_refused(schedule: Schedule) ->
 
 
 @pytest.mark.parametrize("num_steps", [0, -3])
-@pytest.mark.parametrize("discretization", [Uniform(), Trailing(), Karras()], ids=["uniform", "trailing", "karras"])
+@pytest.mark.parametrize("discretization", [Linspace(), Trailing(), Karras()], ids=["linspace", "trailing", "karras"])
 def test_fewer_steps_than_one_are_refused(discretization: Discretization, num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"^got {num_steps} sampling steps, expected at least 1"):
         discretization(num_steps, EDM())
@@ -92,3 +92,28 @@ def test_more_steps_than_were_trained_are_refused() -> None:
 def test_karras_needs_a_positive_rho() -> None:
     with pytest.raises(ValueError, match=r"^got discretization\.rho=0\.0, expected"):
         Karras(rho=0.0)
+
+
+def test_exponential_noise_levels_fall_by_one_factor() -> None:
+    levels = Exponential()(18, EDM())[:-1]
+    assert_close(levels, torch.logspace(np.log10(80), np.log10(0.002), 18), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("over", ["level", "time"])
+def test_beta_spreads_levels_or_times_by_its_quantiles(over: str) -> None:
+    schedule = ScaledLinear()
+    times = Beta(alpha=0.5, beta=0.5, over=over)(11, schedule)[:-1].double()  # type: ignore[arg-type]
+    spread = times if over == "time" else schedule.ratio(times)
+    # The arcsine distribution, whose quantiles are sin^2.
+    expected = np.sin(np.linspace(1, 0, 11) * np.pi / 2) ** 2
+    assert_close(((spread - spread[-1]) / (spread[0] - spread[-1])).numpy(), expected, rtol=0, atol=1e-5)
+    assert_close(times[[0, -1]], torch.tensor([1.0, 1e-3]).double())
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [({"alpha": 0.0}, "alpha=0"), ({"beta": -1.0}, "alpha=0.6, beta=-1"), ({"over": "x"}, "over=x")],
+)
+def test_beta_out_of_range_refuses_to_build(settings: dict[str, float], text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^got discretization\.{text}"):
+        Beta(**settings)  # type: ignore[arg-type]

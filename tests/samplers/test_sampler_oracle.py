@@ -1,72 +1,21 @@
 """Samplers against those of diffusers, step by step, with one fixed function as the network."""
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from diffusers_states import PREDICTIONS, SCALED_LINEAR, at_indices, our_states, start, their_states, wavy
+from torch import Tensor
 from torch.testing import assert_close
 
-from ldm.diffusion import Conditioning, Denoiser, Guidance, parameterizations, schedules, times, weightings
-from ldm.diffusion.parameterizations import Epsilon, Parameterization, V, Velocity
-from ldm.diffusion.schedules import Linear, RectifiedFlow, ScaledLinear, Schedule
-from ldm.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Karras, Sampler, Trailing, Uniform
+from ldm.diffusion import parameterizations, schedules
+from ldm.diffusion.parameterizations import Parameterization, Velocity
+from ldm.diffusion.schedules import Linear, RectifiedFlow, ScaledLinear
+from ldm.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Karras, Linspace, Sampler, Trailing
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-SHAPE = (2, 3, 4, 4)
-SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-class Wavy(nn.Module):
-    """A smooth, bounded function of x and of the time that a network is told."""
-
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return wavy(x, t.view(-1, 1, 1, 1))
-
-
-def wavy(x: Tensor, t: Tensor) -> Tensor:
-    return 0.8 * torch.sin(1.3 * x + t / 300) + 0.1 * x
-
-
-def start() -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-
-
-def noise_like(x: Tensor) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype)
-
-
-def our_states(
-    sampler: Sampler, schedule: Schedule, parameterization: Parameterization, *, x: Tensor, at: Tensor
-) -> list[Tensor]:
-    denoiser = Denoiser(
-        Wavy(), schedule=schedule, parameterization=parameterization, weighting=weightings.Unit(), times=times.Uniform()
-    )
-    cond = Conditioning(vector=torch.zeros(len(x), 1))
-    denoise = Guidance()(denoiser, cond, cond)
-    return [state.x for state in sampler.trajectory(denoise, schedule, x, times=at, noise=noise_like(x))][1:]
-
-
-def their_states(scheduler: Any, x: Tensor, **options: Any) -> list[Tensor]:
-    states = []
-    for t in scheduler.timesteps:
-        output = wavy(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(output, t, x, return_dict=False, **options)[0]
-        states.append(x)
-    return states
-
-
-def at_indices(timesteps: Tensor, num_steps: int = 1000) -> Tensor:
-    """Our times for diffusers' indices, and the end."""
-    return torch.cat([(timesteps.double() + 1) / num_steps, torch.zeros(1)])
-
-
-PREDICTIONS = [("epsilon", Epsilon()), ("v_prediction", V())]
 
 
 @pytest.mark.parametrize(("prediction_type", "parameterization"), PREDICTIONS)
@@ -108,16 +57,23 @@ def test_ddpm_steps_as_in_diffusers(
 
 
 @pytest.mark.parametrize(("prediction_type", "parameterization"), PREDICTIONS)
+@pytest.mark.parametrize(("final", "end"), [("zero", 0.0), ("sigma_min", 0.001)])
 @pytest.mark.parametrize("num_steps", [5, 20, 50])
 def test_dpm_solver_steps_as_in_diffusers(
-    num_steps: int, prediction_type: str, parameterization: Parameterization
+    num_steps: int, final: str, end: float, prediction_type: str, parameterization: Parameterization
 ) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        **SCALED_LINEAR, prediction_type=prediction_type, algorithm_type="dpmsolver++", solver_type="midpoint"
+        **SCALED_LINEAR,
+        prediction_type=prediction_type,
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        final_sigmas_type=final,
     )
     scheduler.set_timesteps(num_steps)
     expected = their_states(scheduler, start())
-    at = at_indices(scheduler.timesteps)
+    at = at_indices(scheduler.timesteps, end=end)
+    if end == 0:
+        assert_close(Linspace(endpoint=False)(num_steps, ScaledLinear()), at.float())
     found = our_states(DPMSolverPP2M(), ScaledLinear(), parameterization, x=start(), at=at)
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -139,7 +95,7 @@ def test_euler_and_heun_step_as_in_diffusers(
     schedule = ScaledLinear()
     scheduler = scheduler_class(**SCALED_LINEAR, prediction_type=prediction_type, timestep_spacing="linspace")
     scheduler.set_timesteps(10)
-    at = Uniform()(10, schedule)
+    at = Linspace()(10, schedule)
     assert_close(at, at_indices(scheduler.timesteps.unique().flip(0)).float())
     alpha = schedule.alpha(at)
     # Heun's last step is one evaluation, so its states after two calls are all but the last.
@@ -156,7 +112,7 @@ def test_euler_on_rectified_flow_steps_as_in_diffusers() -> None:
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20))
     expected = their_states_of_flow(scheduler, start())
     schedule = RectifiedFlow(time_scale=1000.0)
-    at = Uniform()(20, schedule)
+    at = Linspace()(20, schedule)
     assert_close(at, scheduler.sigmas)
     found = our_states(Euler(), schedule, Velocity(), x=start(), at=at)
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
