@@ -27,7 +27,10 @@ from ldm.cli.errors import UserError
 from ldm.cli.provenance import redact_override
 
 # A prompt may hold any sign; these are quoted for Hydra's grammar, which gives commas and brackets a meaning.
-TEXT_KEYS = ("prompt", "negative_prompt", "prompt_file", "out", "checkpoint")
+TEXT_KEYS = (
+    *("prompt", "negative_prompt", "prompt_file", "to", "image", "mask", "depth", "out", "checkpoint"),
+    *("source", "config", "base"),
+)
 
 
 def run(command: str, arguments: list[str]) -> int:

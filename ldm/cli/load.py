@@ -1,7 +1,8 @@
-"""A run folder, a checkpoint or a weights file becomes a model again, from the config that was saved with it."""
+"""A run folder, a checkpoint or a weights file becomes a model again, whoever wrote it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,74 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.cli.build import build
+from ldm.cli.foreign import pipeline_of
 from ldm.cli.run_folder import newest_checkpoint, run_folder_of
 from ldm.generation import Pipeline
+from ldm.interop import is_foreign, open_model
+from ldm.interop.lora import apply_lora
 from ldm.nn.weights import read_weights
 from ldm.training import LatentDiffusionModule
 from ldm.training.frozen import restore_frozen
 
 
-def load(path: Path | str, *, device: str | None = None) -> Pipeline:
+def load(
+    path: Path | str,
+    *,
+    device: str | None = None,
+    prediction: str | None = None,
+    family: str | None = None,
+    config: Path | str | None = None,
+    base: Path | str | None = None,
+    loras: Sequence[tuple[Path | str, float]] = (),
+    dtype: torch.dtype | None = torch.float32,
+) -> Pipeline:
     """A trained latent-diffusion model with `.sample(prompts, seeds=...) -> list of PIL images`.
 
     Args:
-        path: a run folder, a checkpoint (.ckpt), or weights (.safetensors).
+        path: a run folder, a checkpoint (.ckpt) or weights (.safetensors) of ours; or a model of another project: a
+            CompVis or Stability file, or a folder of diffusers.
         device: None takes the GPU if there is one.
+        prediction, family, config, base: of another project's model, what it does not tell; see
+            `ldm.interop.open_model`.
+        loras: files and their scales, applied in this order.
+        dtype: of another project's weights; None leaves them as their file has them.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path, or the autoencoder that it names is gone.
+        ValueError: what lies there is not a latent-diffusion model, or says itself what was given.
+    """
+    path = Path(path).expanduser()
+    told = {"prediction": prediction, "family": family, "config": config, "base": base}
+    if is_foreign(path):
+        pipeline = pipeline_of(
+            open_model(path, prediction=prediction, family=family, config=config, base=base), dtype=dtype
+        )
+    elif given := [name for name, value in told.items() if value is not None]:
+        raise ValueError(f"got {given[0]}= for {path}, which ldm trained and which says all itself; leave it out")
+    else:
+        pipeline = load_own(path)
+    for file, scale in loras:
+        apply_lora(pipeline.denoiser, pipeline.conditioner, file, scale=scale)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for part in (pipeline.denoiser, pipeline.conditioner, pipeline.autoencoder):
+        part.to(place)
+    return pipeline
+
+
+def load_own(path: Path) -> Pipeline:
+    """A model that `ldm train` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: there is nothing at the path, or the autoencoder that it names is gone.
         ValueError: what lies there is not a latent-diffusion model.
     """
-    file = weights_of(Path(path))
+    file = weights_of(path)
     config, state = read(file)
     model = build_model(config, run_folder_of(file.absolute()))
     # A checkpoint is of the whole module, weights to use are of its moving average alone.
     target = model.ema.module if file.suffix == ".safetensors" else model
     target.load_state_dict(restore_frozen(target, state))
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")).pipeline()
+    return model.eval().pipeline()
 
 
 def weights_of(path: Path) -> Path:
@@ -42,7 +86,8 @@ def weights_of(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(
-            f"got {path}, where there is nothing; expected a run folder, a .ckpt or a .safetensors file"
+            f"got {path}, where there is nothing; expected a run folder, a .ckpt or .safetensors file, or a folder of "
+            "diffusers"
         )
     weights = path / "weights.safetensors"
     return weights if weights.is_file() else newest_checkpoint(path)

@@ -11,9 +11,10 @@ from ldm.cli.console import USER_ERROR, complain
 
 COMMANDS = {
     "train": "train an experiment, after whatever it requires",
-    "sample": "make pictures from prompts",
+    "sample": "make pictures from prompts, and from pictures",
     "evaluate": "measure a trained model",
     "shard": "write a dataset as WebDataset shards",
+    "convert": "turn a model of one project's format into another's",
     "encode": "turn image shards into latent shards, once and for all",
 }
 

@@ -1,78 +1,84 @@
-"""`ldm sample`: prompts to PNG files that carry their own settings."""
+"""`ldm sample`: prompts, and pictures, to PNG files that carry their own settings."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-import ldm
+from ldm.cli.album import Album
+from ldm.cli.build import build, build_all
 from ldm.cli.chain import shown
-from ldm.cli.console import heading, say
+from ldm.cli.console import say
 from ldm.cli.errors import UserError, user_mistakes
-from ldm.cli.run_folder import write_json
-from ldm.cli.sampling import chosen_settings, describe, find_checkpoint, in_precision, open_pipeline
+from ldm.cli.sampling import chosen_settings, find_checkpoint, in_precision, open_chosen, record
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from ldm.generation import Pipeline, Task
 
-
-@dataclass(frozen=True)
-class Order:
-    """One picture to make."""
-
-    prompt: str
-    seed: int
+NO_PROMPT = 'prompt: got none; write prompt="a red handwritten seven on a blue background" or prompt_file=FILE'
 
 
 def sample(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Samples `num_images` pictures of every prompt; writes them, a grid and samples.json.
+    """Carries out a task for every prompt and seed; writes the pictures, a grid and samples.json.
 
     Raises:
         UserError: no prompt, no model, or a setting is wrong.
     """
-    orders = [Order(prompt, config.seed + i) for prompt in read_prompts(config) for i in range(_count(config))]
-    checkpoint = find_checkpoint(config)
+    check_numbers(config)
+    check_given(config)
+    prompts, seeds = read_prompts(config), read_seeds(config, overrides)
+    checkpoint = find_model(config, prompts)
+    task, retouches = build_task(config), build_all(config.postprocess)
     say(f"model: {shown(checkpoint.absolute())}", style="dim")
-    pipeline = open_pipeline(checkpoint, config.device)
-    chosen = chosen_settings(config, pipeline)
+    pipeline = open_chosen(checkpoint, config)
+    prompts = prompts or prompts_left_out(pipeline)
+    settings = replace(pipeline.settings, **chosen_settings(config, pipeline))
     with user_mistakes(), in_precision(config.precision, pipeline):
-        pictures = pipeline.sample(
-            [order.prompt for order in orders],
-            seeds=[order.seed for order in orders],
-            negative_prompt=config.negative_prompt or "",
-            batch_size=config.batch_size,
-            **chosen,
+        orders = task.orders(prompts, seeds, negative_prompt=config.negative_prompt or "")
+        album = Album(
+            Path(config.out),
+            orders,
+            task=task,
+            record=record(config, settings, checkpoint),
+            retouches=retouches,
+            preview_every=config.preview_every,
+            with_trajectories=config.save_trajectory,
         )
-    record = {
-        "negative_prompt": config.negative_prompt or "",
-        **describe(replace(pipeline.settings, **chosen)),
-        "precision": str(config.precision),
-        "checkpoint": str(checkpoint),
-        "ldm": ldm.__version__,
-    }
-    write(Path(config.out), orders, pictures, record=record)
+        for step in pipeline.steps(orders, task=task, settings=settings, batch_size=config.batch_size):
+            album.take(step, pipeline)
+        album.finish()
 
 
-def read_prompts(config: DictConfig) -> list[str]:
-    """The prompt, or the lines of `prompt_file` that are not blank.
+def check_numbers(config: DictConfig) -> None:
+    """Raises UserError for a number of pictures or steps below 1."""
+    for name in ("num_images", "batch_size", "preview_every"):
+        if config[name] is not None and (not isinstance(config[name], int) or config[name] < 1):
+            raise UserError(f"{name}: got {config[name]}, expected at least 1")
+
+
+def check_given(config: DictConfig) -> None:
+    """Raises UserError for a setting of the task that has no value."""
+    for key in map(str, config):
+        if OmegaConf.is_missing(config, key):
+            raise UserError(f"{key} has no value; set it with {key}=...")
+
+
+def read_prompts(config: DictConfig) -> list[str] | None:
+    """The prompt, or the lines of `prompt_file` that are not blank, or None where neither is given.
 
     Raises:
-        UserError: neither is given, or both, or the file is missing or empty.
+        UserError: both are given, or the file is missing or empty.
     """
     if config.prompt is not None and config.prompt_file is not None:
         raise UserError("prompt and prompt_file: got both, expected one of them; leave one out")
     if config.prompt is not None:
         return [str(config.prompt)]
     if config.prompt_file is None:
-        raise UserError(
-            'prompt: got none; write prompt="a red handwritten seven on a blue background" or prompt_file=FILE'
-        )
+        return None
     path = Path(config.prompt_file).expanduser()
     if not path.is_file():
         raise UserError(f"prompt_file: got {path}, which is not a file; expected one prompt a line")
@@ -82,51 +88,57 @@ def read_prompts(config: DictConfig) -> list[str]:
     return prompts
 
 
-def write(folder: Path, orders: Sequence[Order], pictures: Sequence[Image], *, record: dict[str, Any]) -> None:
-    """Writes NNNNN_<prompt>_<seed>.png for each picture, grid.png and samples.json, and says where they are."""
-    from PIL.PngImagePlugin import PngInfo
+def read_seeds(config: DictConfig, overrides: Sequence[str]) -> list[int]:
+    """The seeds of each prompt's pictures: `seeds`, or `num_images` of them from `seed` on.
 
-    from ldm.generation import grid
-
-    folder.mkdir(parents=True, exist_ok=True)
-    samples = []
-    for number, (order, picture) in enumerate(zip(orders, pictures, strict=True)):
-        file = f"{number:05d}_{slug(order.prompt)}_{order.seed}.png"
-        entry = {"file": file, "prompt": order.prompt, "seed": order.seed, **record}
-        information = PngInfo()
-        information.add_text("ldm", json.dumps(entry))
-        information.add_text("parameters", parameters(entry))
-        picture.save(folder / file, pnginfo=information)
-        samples.append(entry)
-    grid(pictures).save(folder / "grid.png")
-    write_json(folder / "samples.json", samples)
-    heading(f"{len(samples)} picture{'s' if len(samples) > 1 else ''} in {shown(folder.absolute())}")
-    say(f"  all in one  {shown((folder / 'grid.png').absolute())}")
-    say(f"  settings    {shown((folder / 'samples.json').absolute())}")
+    Raises:
+        UserError: seeds are no list of integers, or the other two are given as well.
+    """
+    if config.seeds is None:
+        return [config.seed + i for i in range(config.num_images)]
+    if not OmegaConf.is_list(config.seeds) or not all(isinstance(seed, int) for seed in config.seeds):
+        raise UserError(f"seeds: got {config.seeds}, expected a list of integers, such as [1,7,9]")
+    if not config.seeds:
+        raise UserError("seeds: got an empty list, expected at least one; leave it out to count from seed")
+    if also := [name for name in ("seed", "num_images") if any(item.startswith(f"{name}=") for item in overrides)]:
+        raise UserError(f"seeds and {also[0]}: got both, expected one of them; leave one out")
+    return list(config.seeds)
 
 
-def slug(prompt: str, *, length: int = 40) -> str:
-    """A prompt as part of a file name."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:length].rstrip("-") or "picture"
+def build_task(config: DictConfig) -> Task:
+    """The chosen task, its pictures read.
+
+    Raises:
+        UserError: one of its settings is wrong.
+    """
+    try:
+        task: Task = build(config.task)
+    except UserError as error:
+        # The task's settings stand at the top.
+        raise UserError(str(error).removeprefix("task: ")) from error
+    return task
 
 
-def parameters(entry: dict[str, Any]) -> str:
-    """The settings in the text form that picture viewers for generated images read."""
-    negative = f"\nNegative prompt: {entry['negative_prompt']}" if entry["negative_prompt"] else ""
-    values = {
-        "Steps": entry["num_steps"],
-        "Sampler": entry["sampler"],
-        "CFG scale": entry["guidance"].get("scale"),
-        "Seed": entry["seed"],
-        "Size": f"{entry['image_size']}x{entry['image_size']}",
-        "Model": entry["checkpoint"],
-    }
-    return f"{entry['prompt']}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in values.items())
+def find_model(config: DictConfig, prompts: Sequence[str] | None) -> Path:
+    """Where the model is.
+
+    Raises:
+        UserError: there is none; or no prompt, which a beginner learns first.
+    """
+    try:
+        return find_checkpoint(config)
+    except UserError:
+        if prompts is None and config.checkpoint is None:
+            raise UserError(NO_PROMPT) from None
+        raise
 
 
-def _count(config: DictConfig) -> int:
-    for name in ("num_images", "batch_size"):
-        if config[name] < 1:
-            raise UserError(f"{name}: got {config[name]}, expected at least 1")
-    return int(config.num_images)
+def prompts_left_out(pipeline: Pipeline) -> list[str]:
+    """What stands for the prompt where none is given: nothing, to a model that is told nothing.
+
+    Raises:
+        UserError: the model is told something.
+    """
+    if pipeline.conditioner.null(1).parts():
+        raise UserError(NO_PROMPT)
+    return [""]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+import ldm
 from ldm.cli.build import build
 from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.run_folder import latest_finished
 
 if TYPE_CHECKING:
-    from ldm.generation import Pipeline
+    from ldm.generation import Memory, Pipeline, SamplingSettings
 
-PRECISIONS = {"32": None, "bf16": "bfloat16", "16": "float16"}
+HALF = "half"
+# The type that autocast computes in.
+PRECISIONS = {"32": None, "bf16": "bfloat16", "16": "float16", HALF: None}
 
 
 def find_checkpoint(config: DictConfig) -> Path:
@@ -29,7 +34,8 @@ def find_checkpoint(config: DictConfig) -> Path:
         path = Path(config.checkpoint).expanduser()
         if not path.exists():
             raise UserError(
-                f"checkpoint: got {path}, which does not exist; expected a run folder, .ckpt or .safetensors"
+                f"checkpoint: got {path}, which does not exist; expected a run folder, .ckpt, .safetensors or a "
+                "diffusers folder"
             )
         return path
     runs = Path(config.paths.runs).expanduser()
@@ -47,16 +53,62 @@ def can_sample(folder: Path) -> bool:
     return config.is_file() and OmegaConf.select(OmegaConf.load(config), "sampler") is not None
 
 
-def open_pipeline(path: Path, device: str | None) -> Pipeline:
+def open_pipeline(
+    path: Path, device: str | None, *, memory: Memory | None = None, half: bool = False, **reading: Any
+) -> Pipeline:
     """Loads a model for sampling, by default onto the GPU if there is one.
+
+    Args:
+        memory: what is done to fit it into a small memory.
+        half: weights of 16 bits.
+        reading: what `load` is told besides, of files that do not say it themselves.
 
     Raises:
         UserError: it cannot be loaded, or there is no such device.
     """
     from ldm.cli.load import load
 
+    place = usable_device(device)
     with user_mistakes():
-        return load(path, device=usable_device(device))
+        if memory is None:
+            return load(path, device=place, **reading)
+        # What is to be halved, or to wait in main memory, never is on the device as a whole.
+        if half:
+            reading["dtype"] = None  # as the file has them: a float32 copy would be twice as large
+        pipeline = load(path, device="cpu" if half or memory.offload else place, **reading)
+        return pipeline.placed(place, memory=memory, half=half)
+
+
+def open_chosen(path: Path, config: DictConfig) -> Pipeline:
+    """`open_pipeline` as a command's settings say.
+
+    Raises:
+        UserError: also for a precision that there is not, or a LoRA that is no path or [path, scale].
+    """
+    check_precision(config.precision)
+    given = {**told_of_model(config), "loras": read_loras(config.lora)}
+    return open_pipeline(path, config.device, memory=build(config.memory), half=str(config.precision) == HALF, **given)
+
+
+def told_of_model(config: DictConfig) -> dict[str, str]:
+    """What the command says of a model that does not say it itself."""
+    return {name: str(config[name]) for name in ("prediction", "family", "config", "base") if config[name] is not None}
+
+
+def read_loras(value: Any) -> list[tuple[str, float]]:
+    """(path, scale) of each LoRA; a path alone has scale 1.
+
+    Raises:
+        UserError: something else.
+    """
+    items = [] if value is None else [value] if isinstance(value, str) else list(value)
+    loras = []
+    for item in items:
+        path, scale = (item, 1.0) if isinstance(item, str) else item if len(item) == 2 else (None, None)
+        if not isinstance(path, str) or not isinstance(scale, int | float):
+            raise UserError(f"lora: got {value}, expected a file, or a list of files or [file, scale]")
+        loras.append((path, float(scale)))
+    return loras
 
 
 def usable_device(device: str | None) -> str:
@@ -78,7 +130,8 @@ def usable_device(device: str | None) -> str:
 
 def chosen_settings(config: DictConfig, pipeline: Pipeline) -> dict[str, Any]:
     """Settings of sampling that the command changes; the rest stays as the model was trained to be sampled."""
-    chosen: dict[str, Any] = {"num_steps": config.steps, "image_size": config.get("image_size")}
+    size = config.get("image_size")
+    chosen: dict[str, Any] = {"num_steps": config.steps, "image_size": list(size) if OmegaConf.is_list(size) else size}
     for part in ("sampler", "discretization"):
         chosen[part] = build(config[part]) if config.get(part) else None
     chosen["guidance"] = _guidance(config.guidance, pipeline)
@@ -87,31 +140,82 @@ def chosen_settings(config: DictConfig, pipeline: Pipeline) -> dict[str, Any]:
 
 @contextmanager
 def in_precision(precision: str, pipeline: Pipeline) -> Iterator[None]:
-    """Runs the model in 32 bits, or in bf16 or 16 where that is safe (autocast).
+    """Runs the model as its weights are, or in bf16 or 16 where that is safe (autocast).
 
     Raises:
         UserError: another precision.
     """
     import torch
 
-    if str(precision) not in PRECISIONS:
-        raise UserError(f"precision: got {precision}, expected one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     name = PRECISIONS[str(precision)]
     dtype = getattr(torch, name) if name else None
     with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
         yield
 
 
-def describe(settings: Any) -> dict[str, Any]:
-    """Sampling settings as plain values for a record: class names, numbers."""
-    guidance = {key: value for key, value in vars(settings.guidance).items() if isinstance(value, int | float)}
+def check_precision(precision: object) -> None:
+    """Raises UserError for a precision that there is not."""
+    if str(precision) not in PRECISIONS:
+        raise UserError(f"precision: got {precision}, expected one of {', '.join(PRECISIONS)}")
+
+
+def record(config: DictConfig, settings: SamplingSettings, checkpoint: Path) -> dict[str, Any]:
+    """All that decides a command's pictures besides prompts and seeds, as plain values.
+
+    Files among the task's settings are named by their content's hash too.
+    """
+    task: dict[str, Any] = _options(config.task)
+    return {
+        "task": task,
+        "files": {name: _sha256(value) for name, value in task.items() if _is_file(value)},
+        **describe(settings),
+        "postprocess": [_options(node) for node in config.postprocess.values()],
+        "memory": _options(config.memory),
+        "precision": str(config.precision),
+        "checkpoint": str(checkpoint),
+        **told_of_model(config),
+        "lora": read_loras(config.lora),
+        "ldm": ldm.__version__,
+    }
+
+
+def describe(settings: SamplingSettings) -> dict[str, Any]:
+    """Sampling settings as plain values: class names, numbers."""
     return {
         "sampler": type(settings.sampler).__name__,
+        "sampler_options": _plain(settings.sampler),
         "discretization": type(settings.discretization).__name__,
+        "discretization_options": _plain(settings.discretization),
         "num_steps": settings.num_steps,
-        "guidance": guidance,
-        "image_size": settings.image_size,
+        "guidance": _plain(settings.guidance),
     }
+
+
+def _plain(part: object) -> dict[str, Any]:
+    """The attributes of an object that JSON can hold."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(part).items()}
+    return {key: value for key, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _options(node: DictConfig) -> dict[str, Any]:
+    """A node as plain values, with the name of its class in place of `_target_`."""
+    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    return {"name": values.pop("_target_").rpartition(".")[2], **values}
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and Path(value).expanduser().is_file()
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def _guidance(node: DictConfig, pipeline: Pipeline) -> Any:

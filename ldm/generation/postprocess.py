@@ -26,3 +26,8 @@ def grid(pictures: Sequence[Image.Image], *, num_columns: int | None = None, pad
         row, column = divmod(i, columns)
         sheet.paste(picture, (padding + column * (width + padding), padding + row * (height + padding)))
     return sheet
+
+
+def strip(rows: Sequence[Sequence[Image.Image]], *, padding: int = 2) -> Image.Image:
+    """Rows of as many pictures each, such as the noisy and the denoised steps of a trajectory, below each other."""
+    return grid([picture for row in rows for picture in row], num_columns=len(rows[0]), padding=padding)

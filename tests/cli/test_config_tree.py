@@ -20,7 +20,15 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 PARTS = [file for file in FILES if "/" in file and not file.startswith("hydra/")]
 EXPERIMENTS = [file.removeprefix("experiment/") for file in FILES if file.startswith("experiment/")]
 # Groups that only this command composes.
-COMMAND_OF_GROUP = {"dataset": "shard"}
+COMMAND_OF_GROUP = {
+    "dataset": "shard",
+    "task": "sample",
+    "memory": "sample",
+    "postprocess": "sample",
+    "metric": "evaluate",
+}
+# Groups that no command chooses from by itself.
+APPENDED = {"metric"}
 # Arguments that the caller adds to a node's own: `write_digits(folder, ...)`.
 ADDED_BY_CALLER = {"dataset": 1}
 
@@ -33,12 +41,12 @@ def hydra() -> Iterator[None]:
 
 
 def compose_part(file: str) -> DictConfig:
-    group, option = file.rsplit("/", 1)
+    group, option = file.split("/", 1)
     if group == "experiment":
         return compose(command_of(option), overrides=[f"experiment={option}"])
     choice = f"{group}=[{option}]" if group == "callback" else f"{group}={option}"
     if group in COMMAND_OF_GROUP:
-        return compose(COMMAND_OF_GROUP[group], overrides=[choice])
+        return compose(COMMAND_OF_GROUP[group], overrides=[f"+{choice}" if group in APPENDED else choice])
     # By itself: an experiment adds settings of its own to the parts that it chose.
     return compose("train", overrides=["~experiment", choice])
 
@@ -88,16 +96,17 @@ def test_every_part_composes_and_its_targets_take_their_settings(file: str) -> N
 @pytest.mark.parametrize("file", PARTS)
 def test_every_part_says_where_it_goes(file: str) -> None:
     first = (CONF / f"{file}.yaml").read_text().splitlines()[0]
-    group, _ = file.rsplit("/", 1)
-    # `auto` is a word, not a node, which only the root can hold.
-    expected = {"experiment": "_global_", "debug": "_global_", "strategy": "_global_", "callback": "callback.\\w+"}
+    group, _ = file.split("/", 1)
+    # `auto` is a word, not a node, which only the root can hold; tasks and memory set more than one node.
+    at_root = dict.fromkeys(("experiment", "debug", "strategy", "task", "memory"), "_global_")
+    expected = {**at_root, "callback": "callback.\\w+", "postprocess": "postprocess.\\w+", "metric": "metric.\\w+"}
     assert re.fullmatch(f"# @package {expected.get(group, group)}", first)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resolves_and_names_itself(experiment: str) -> None:
     config = compose(command_of(experiment), overrides=[f"experiment={experiment}", "run_dir=folder", "run_id=id"])
-    assert config.name == experiment
+    assert config.name == experiment.replace("/", "_")
     missing = OmegaConf.missing_keys(config)
     assert missing == set()
     OmegaConf.resolve(config)

@@ -1,16 +1,21 @@
 """`ldm sample` and `ldm evaluate` on a real, if tiny, text-to-image model."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cli_helpers import CONFIG_DIR, only, read_json
 from PIL import Image
 
+from ldm.cli.errors import UserError
 from ldm.cli.main import main
+from ldm.cli.sample import prompts_left_out
+from ldm.conditioners import ClassLabel, Unconditional
 
 PROMPT = "a red handwritten seven on a blue background"
 
@@ -72,7 +77,7 @@ def test_a_png_carries_its_settings(sample: Callable[..., Path]) -> None:
 
 def test_what_is_not_given_is_as_the_model_was_trained_to_be_sampled(sample: Callable[..., Path]) -> None:
     (entry,) = read_json(sample(f"prompt={PROMPT}") / "samples.json")
-    assert (entry["sampler"], entry["discretization"], entry["num_steps"]) == ("Euler", "Uniform", 2)
+    assert (entry["sampler"], entry["discretization"], entry["num_steps"]) == ("Euler", "Linspace", 2)
     assert entry["guidance"] == {"scale": 2.0, "rescale": 0.0}
 
 
@@ -156,3 +161,195 @@ def test_evaluate_measures_again_with_other_settings_beside_the_first(
     assert read_json(tmp_path / "again" / "evaluation.json") == {"pictures": 2}
     assert "pictures  2" in capsys.readouterr().out
     assert read_json(only(workplace, "runs/toy_pictures/*/evaluation.json")) == {"pictures": 3}
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a picture of blobs, or what a test makes of it, and returns its path."""
+
+    def write(name: str = "image.png", size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Path:
+        coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size).convert(mode).save(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White on the left half."""
+    white = Image.new("L", (32, 32))
+    white.paste(255, (0, 0, 16, 32))
+    white.save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_image_to_image_records_what_it_starts_from(sample: Callable[..., Path], drawn: Callable[..., Path]) -> None:
+    image = drawn()
+    out = sample("task=image_to_image", f"image={image}", "strength=0.5", f"prompt={PROMPT}", "seeds=[4,9]")
+    entries = read_json(out / "samples.json")
+    assert [entry["seed"] for entry in entries] == [4, 9]
+    for entry in entries:
+        assert entry["task"] == {
+            "name": "ImageToImage", "image": str(image), "strength": 0.5, "depth": None, "image_size": None
+        }  # fmt: skip
+        assert entry["files"] == {"image": sha256(image)}
+        assert entry["image_size"] == 32
+        assert json.loads(Image.open(out / entry["file"]).text["ldm"]) == entry
+
+
+def test_inpainting_keeps_what_is_black(sample: Callable[..., Path], drawn: Callable[..., Path], mask: Path) -> None:
+    image = drawn()
+    out = sample("task=inpaint", f"image={image}", f"mask={mask}", f"prompt={PROMPT}")
+    made, given = pixels(only(out, "00000*")), pixels(image)
+    np.testing.assert_array_equal(made[:, 16:], given[:, 16:])
+    assert (made[:, :16] != given[:, :16]).any()
+    assert set(read_json(out / "samples.json")[0]["files"]) == {"image", "mask"}
+
+
+def test_outpainting_makes_the_picture_larger(sample: Callable[..., Path], drawn: Callable[..., Path]) -> None:
+    out = sample("task=outpaint", f"image={drawn()}", "left=8", "top=16", f"prompt={PROMPT}")
+    (entry,) = read_json(out / "samples.json")
+    assert Image.open(out / entry["file"]).size == (40, 48)
+    assert entry["image_size"] == [48, 40]
+    assert "Size: 40x48" in Image.open(out / entry["file"]).text["parameters"]
+
+
+def test_variations_are_of_the_first_seed(sample: Callable[..., Path]) -> None:
+    entries = read_json(sample("task=variations", "amount=0.5", f"prompt={PROMPT}", "num_images=3") / "samples.json")
+    assert [(entry["seed"], entry.get("other_seed"), entry.get("amount")) for entry in entries] == [
+        (0, None, None),
+        (0, 1, 0.5),
+        (0, 2, 0.5),
+    ]
+
+
+def test_interpolation_is_a_gif_and_its_frames(sample: Callable[..., Path]) -> None:
+    out = sample("task=interpolate", f"prompt={PROMPT}", "to=a blue, (handwritten) two", "num_frames=3", "seeds=[1,2]")
+    entries = read_json(out / "samples.json")
+    assert [entry.get("amount") for entry in entries] == [None, pytest.approx(1 / 3), pytest.approx(2 / 3), None]
+    assert entries[1]["other_prompt"] == "a blue, (handwritten) two"
+    with Image.open(out / "animation.gif") as animation:
+        assert (animation.n_frames, animation.info["duration"], animation.info["loop"]) == (4, 120, 0)
+
+
+def test_two_passes_and_a_size_of_two_numbers(sample: Callable[..., Path]) -> None:
+    out = sample("task=two_pass", f"prompt={PROMPT}", "image_size=[16,32]")
+    assert Image.open(only(out, "00000*")).size == (64, 32)
+
+
+def test_previews_and_trajectories(sample: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = sample(
+        f"prompt={PROMPT}", "num_images=3", "batch_size=2", "steps=5", "preview_every=2", "save_trajectory=true"
+    )
+    names = [entry["file"].removesuffix(".png") for entry in read_json(out / "samples.json")]
+    previews = {path.name for path in (out / "previews").iterdir()}
+    assert previews == {f"{name}_step{step:04d}.png" for name in names for step in (2, 4)}
+    assert "pictures 3 to 3 of 3: step 4 of 5" in capsys.readouterr().out
+    for name in names:
+        strip = np.asarray(Image.open(out / "trajectories" / f"{name}.png"))
+        assert strip.shape == (2 * 34 + 2, 5 * 34 + 2, 3)
+        # At the end the sample is what is believed, and both are the picture.
+        np.testing.assert_allclose(strip[2:34, -34:-2].astype(int), pixels(out / f"{name}.png"), atol=1)
+        np.testing.assert_allclose(strip[36:68, -34:-2].astype(int), pixels(out / f"{name}.png"), atol=1)
+
+
+def test_little_memory_gives_nearly_the_same_picture(sample: Callable[..., Path]) -> None:
+    exact, low = sample(f"prompt={PROMPT}", "num_images=2"), sample(f"prompt={PROMPT}", "num_images=2", "memory=low")
+    entry = read_json(low / "samples.json")[1]
+    assert entry["precision"] == "half"
+    assert entry["memory"] == {"name": "Memory", "tile": 64, "offload": True}
+    error = pixels(only(low, "00001*")).astype(float) - pixels(only(exact, "00001*"))
+    assert np.abs(error).mean() < 3
+
+
+def test_post_processing_is_off_and_follows_the_given_order(
+    sample: Callable[..., Path], drawn: Callable[..., Path]
+) -> None:
+    plain = sample(f"prompt={PROMPT}")
+    assert read_json(plain / "samples.json")[0]["postprocess"] == []
+    out = sample(
+        f"prompt={PROMPT}",
+        "postprocess=[sharpen,match_color]",
+        "postprocess.sharpen.amount=2",
+        f"postprocess.match_color.reference={drawn()}",
+    )
+    steps = read_json(out / "samples.json")[0]["postprocess"]
+    assert [step["name"] for step in steps] == ["Sharpen", "MatchColor"]
+    assert steps[0]["amount"] == 2
+    assert (pixels(only(out, "00000*")) != pixels(only(plain, "00000*"))).any()
+
+
+INPUT = ["task=image_to_image", f"prompt={PROMPT}"]
+MISTAKES = {
+    "no image": ([*INPUT], "image has no value; set it with image=..."),
+    "missing": ([*INPUT, "image=nowhere.png"], "image: got nowhere.png, where there is no file; expected a JPEG"),
+    "no picture": ([*INPUT, "image=text.png"], "image: got text.png, which cannot be read (no picture)"),
+    "truncated": ([*INPUT, "image=truncated.png"], "image: got truncated.png, which cannot be read ("),
+    "one pixel": ([*INPUT, "image=pixel.png"], "got a picture of 1x1 pixels, expected multiples of 2"),
+    "no multiple": ([*INPUT, "image=odd.png"], "got a picture of 33x30 pixels, expected multiples of 2"),
+    "strength": ([*INPUT, "image=image.png", "strength=1.5"], "got strength=1.5, expected above 0"),
+    "word for strength": ([*INPUT, "image=image.png", "strength=high"], "strength: got 'high', expected a number"),
+    "depth": ([*INPUT, "image=image.png", "depth=image.png"], "got depth for a model that takes 0 channels"),
+    "mask size": (
+        ["task=inpaint", f"prompt={PROMPT}", "image=image.png", "mask=odd.png"],
+        "mask: got 33x30 pixels for an image of 32x32, expected the same size",
+    ),
+    "no upscaler": (
+        ["task=upscale", f"prompt={PROMPT}", "image=image.png"],
+        "got a model that takes 0 channels besides the latents, expected an upscaler",
+    ),
+    "other task's": ([f"prompt={PROMPT}", "strength=0.5"], "strength: there is no such setting"),
+    "slip": (
+        [*INPUT, "image=image.png", "strenght=0.5"],
+        "strenght: there is no such setting; did you mean strength?",
+    ),
+    "no task": (["task=inpain", f"prompt={PROMPT}"], "task=inpain: there is no such option; did you mean inpaint?"),
+    "seeds": ([f"prompt={PROMPT}", "seeds=[1,2]", "num_images=3"], "seeds and num_images: got both, expected one"),
+    "seeds no list": ([f"prompt={PROMPT}", "seeds=5"], "seeds: got 5, expected a list of integers, such as [1,7,9]"),
+    "seeds empty": ([f"prompt={PROMPT}", "seeds=[]"], "seeds: got an empty list"),
+    "lora": ([f"prompt={PROMPT}", "lora=[[1,2,3]]"], "lora: got [[1, 2, 3]], expected a file, or a list of files"),
+    "lora missing": ([f"prompt={PROMPT}", "lora=nowhere.safetensors"], "got nowhere.safetensors"),
+    "prediction": ([f"prompt={PROMPT}", "prediction=v"], "got prediction= for "),
+    "reference": ([f"prompt={PROMPT}", "postprocess=match_color"], "postprocess.match_color.reference has no value"),
+    "size": ([f"prompt={PROMPT}", "image_size=31"], "got a picture of 31x31 pixels, expected multiples of 2"),
+    "sizes": ([f"prompt={PROMPT}", "image_size=[32,32,32]"], "got image_size=[32, 32, 32], expected one number"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_bad_input_is_one_line(
+    name: str,
+    workplace: Path,
+    drawn: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides, message = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    whole = drawn("image.png").read_bytes()
+    drawn("odd.png", (33, 30)), drawn("pixel.png", (1, 1))
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    assert main(["sample", f"paths.runs={workplace / 'runs'}", "out=made", *overrides]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "LA"])
+def test_pictures_of_any_mode_are_read(mode: str, sample: Callable[..., Path], drawn: Callable[..., Path]) -> None:
+    out = sample("task=image_to_image", f"image={drawn(mode=mode)}", f"prompt={PROMPT}")
+    assert Image.open(only(out, "00000*")).mode == "RGB"
+
+
+def test_only_a_model_without_conditions_does_without_a_prompt() -> None:
+    assert prompts_left_out(SimpleNamespace(conditioner=Unconditional())) == [""]
+    with pytest.raises(UserError, match=r"^prompt: got none"):
+        prompts_left_out(SimpleNamespace(conditioner=ClassLabel(10, width=8)))

@@ -26,16 +26,21 @@ def fill(module: nn.Module) -> None:
 
 @pytest.fixture
 def make_pipeline() -> Callable[..., Pipeline]:
-    """Builds an untrained model for 16 x 16 pictures; options replace the schedule or sampling settings."""
+    """Builds an untrained model for 16 x 16 pictures; options replace parts, network arguments or settings."""
 
     def make(**options: Any) -> Pipeline:
         torch.manual_seed(0)
-        conditioner = TextTransformer(WordTokenizer(["red", "blue", "seven"], length=5), width=8, depth=1, num_heads=2)
+        words = WordTokenizer(["red", "blue", "seven"], length=5)
+        conditioner = options.pop("conditioner", None) or TextTransformer(words, width=8, depth=1, num_heads=2)
+        autoencoder = options.pop("autoencoder", None) or KLAutoencoder(
+            base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4
+        )
+        channels = autoencoder.latent_channels
         network = UNet(
-            4, 4, model_channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[1, 2], num_heads=2,
-            context_dim=8, norm_groups=4,
+            options.pop("in_channels", channels), channels, model_channels=8, channel_mult=[1, 2], num_res_blocks=1,
+            attention_resolutions=[1, 2], num_heads=2, context_dim=options.pop("context_dim", 8), norm_groups=4,
+            num_classes=options.pop("num_classes", None),
         )  # fmt: skip
-        autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4)
         denoiser = Denoiser(
             network,
             schedule=options.pop("schedule", schedules.RectifiedFlow()),

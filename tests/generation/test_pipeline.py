@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from ldm.conditioners import CLIPText
 from ldm.diffusion import Guidance
 from ldm.diffusion.schedules import EDM, RectifiedFlow, ScaledLinear, Schedule
-from ldm.generation import Pipeline, SeededNoise, to_pil
+from ldm.generation import Order, Pipeline, SeededNoise, TextToImage, to_pil
 from ldm.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 
 MakePipeline = Callable[..., Pipeline]
@@ -40,6 +41,7 @@ def test_images_have_the_asked_size_and_range(make_pipeline: MakePipeline) -> No
     images = make_pipeline().images(["red"], seeds=[0], image_size=24)
     assert images.shape == (1, 3, 24, 24)
     assert images.abs().max() <= 1
+    assert make_pipeline().images(["red"], seeds=[0], image_size=[16, 24]).shape == (1, 3, 16, 24)
 
 
 def test_sample_is_images_as_pictures(make_pipeline: MakePipeline) -> None:
@@ -98,9 +100,10 @@ def test_sampling_starts_from_the_seed_s_noise_at_the_schedule_s_level(
     schedule: Schedule, make_pipeline: MakePipeline
 ) -> None:
     pipeline = make_pipeline(schedule=schedule)
-    first = next(pipeline.latent_states(["red"], [3], "", pipeline.settings))
+    first = next(pipeline.steps([Order("red", 3)], task=TextToImage(), settings=pipeline.settings))
     level = 80.0 if isinstance(schedule, EDM) else 1.0
-    assert_close(first.x, level * SeededNoise([3], (4, 8, 8))())
+    assert (first.number, first.is_last) == (0, False)
+    assert_close(first.state.x, level * SeededNoise([3], (4, 8, 8))())
 
 
 def test_sampling_leaves_no_gradient_graph(make_pipeline: MakePipeline) -> None:
@@ -116,7 +119,37 @@ def test_prompts_and_seeds_come_in_equal_number(
 
 
 def test_a_size_that_does_not_divide_is_refused_at_construction_and_in_a_call(make_pipeline: MakePipeline) -> None:
-    with pytest.raises(ValueError, match=r"^got image_size=17, expected a multiple of 2"):
-        make_pipeline(image_size=17)
-    with pytest.raises(ValueError, match=r"^got image_size=17, expected a multiple of 2"):
-        make_pipeline().images(["red"], seeds=[0], image_size=17)
+    # The autoencoder divides by 2, the network by 2.
+    with pytest.raises(ValueError, match=r"^got a picture of 18x18 pixels, .* multiples of 4, .* set image_size=16$"):
+        make_pipeline(image_size=18)
+    with pytest.raises(ValueError, match=r"^got a picture of 1x24 pixels, .* set image_size=\[24,4\]$"):
+        make_pipeline().images(["red"], seeds=[0], image_size=[24, 1])
+
+
+@pytest.mark.parametrize("size", [0, [16], [16, 16, 16], "16", [16.0, 16], [-4, 4]])
+def test_a_size_that_is_none_is_refused(size: object, make_pipeline: MakePipeline) -> None:
+    with pytest.raises(ValueError, match=r"^got image_size=.*, expected one number of pixels, or two"):
+        make_pipeline().images(["red"], seeds=[0], image_size=size)
+
+
+def test_long_prompts_leave_the_pictures_of_short_ones_alone(make_pipeline: MakePipeline) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pipeline = make_pipeline(conditioner=CLIPText(sizes))
+    prompts = ["a red seven", "seven " * 200, "a blue seven"]
+    lengths = [pipeline.conditions([Order(p, 0)], (16, 16))[0].context.shape[1] for p in prompts]
+    assert lengths == [77, 231, 77]
+    orders = [Order(prompt, 0) for prompt in prompts]
+    assert list(pipeline.batches(orders, 64)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    together = pipeline.images(prompts, seeds=[0, 0, 0])
+    alone = torch.cat([pipeline.images([prompt], seeds=[0]) for prompt in prompts])
+    assert_close(together, alone, rtol=0, atol=ONE_GREY_LEVEL / 10)
+
+
+def test_steps_come_batch_after_batch(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(num_steps=3)
+    orders = [Order("red", seed) for seed in range(5)]
+    steps = list(pipeline.steps(orders, task=TextToImage(), settings=pipeline.settings, batch_size=2))
+    assert [(step.part.start, step.part.stop, step.number) for step in steps] == [
+        (start, stop, number) for start, stop in [(0, 2), (2, 4), (4, 5)] for number in range(4)
+    ]
+    assert {len(step.state.x) for step in steps} == {2, 1}

@@ -3,6 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from ldm.generation import SeededNoise
+from ldm.generation.noise import BlendedNoise, slerp
 
 
 def test_a_row_depends_on_its_own_seed_alone() -> None:
@@ -29,3 +30,27 @@ def test_seeds_that_would_share_a_picture_with_another_are_refused(seed: int) ->
     """Torch's generator takes seeds modulo 2^32."""
     with pytest.raises(ValueError, match=rf"^got seed {seed}, expected an integer from 0 to 4294967295"):
         SeededNoise([0, seed], (1, 2, 2))
+
+
+def test_slerp_keeps_the_length_and_ends_where_it_should() -> None:
+    start, end = SeededNoise([1, 2, 3], (4, 16, 16))(), SeededNoise([4, 5, 6], (4, 16, 16))()
+    assert_close(slerp(start, end, torch.zeros(3)), start)
+    assert_close(slerp(start, end, torch.ones(3)), end)
+    middle = slerp(start, end, torch.tensor([0.3, 0.5, 0.8]))
+    assert_close(middle.std((1, 2, 3)), torch.ones(3), rtol=0, atol=0.06)
+    # The same noise twice is a point, not a circle.
+    assert_close(slerp(start, start, torch.tensor([0.2, 0.5, 1.0])), start)
+
+
+def test_slerp_goes_evenly_along_the_circle() -> None:
+    start, end = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    middle = slerp(start, end, torch.tensor([1 / 3]))
+    assert_close(middle, torch.tensor([[3**0.5 / 2, 2 / 2]]))
+
+
+def test_blended_noise_is_each_seed_s_own_at_the_ends_of_every_draw() -> None:
+    blended = BlendedNoise([1, 1, 7], (3, 4, 4), other_seeds=[2, 2, 7], amounts=[0.0, 1.0, 0.4])
+    expected = SeededNoise([1, 2, 7], (3, 4, 4))
+    for _ in range(3):
+        assert_close(blended(), expected())
+    assert_close(blended.draw((2, 5)), expected.draw((2, 5)))

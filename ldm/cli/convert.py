@@ -1,0 +1,140 @@
+"""`ldm convert`: a model in one project's format becomes the same model in another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from ldm.cli.chain import shown
+from ldm.cli.console import heading, say
+from ldm.cli.errors import UserError, closest, user_mistakes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ldm.interop import PretrainedModel
+
+FORMATS = ("compvis", "diffusers", "ldm")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def convert(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Reads `source`, says what it is, and writes `out`.
+
+    Raises:
+        UserError: a setting is wrong, the source cannot be read, or the format cannot hold it.
+    """
+    source, out = _path(config, "source"), _path(config, "out")
+    layout, name = _format(config, out), _dtype(config)
+    if out.exists():
+        raise UserError(f"out: got {out}, which exists already, expected a new path; name another, or remove it")
+    with user_mistakes():
+        model = read(source, config)
+        say_what(model, source)
+        notes = write(model, out, layout=layout, dtype=_torch_dtype(name))
+    for note in notes:
+        say(f"  note        {note}")
+    heading(f"{layout}: {shown(out.absolute())}")
+
+
+def read(source: Path, config: DictConfig) -> PretrainedModel:
+    """The model at `source`, whoever wrote it.
+
+    Raises:
+        ValueError: it cannot be read, or a setting is given that has no effect on it.
+    """
+    from ldm.cli.foreign import pretrained_of
+    from ldm.cli.load import load_own
+    from ldm.interop import is_foreign, open_model
+
+    told = {name: config[name] for name in ("prediction", "family", "config", "base") if config[name] is not None}
+    if is_foreign(source):
+        return open_model(source, **told, ema=config.ema)
+    if told or not config.ema:
+        name = next(iter(told), "ema")
+        raise UserError(f"{name}: got {config[name]} for {source}, which ldm trained and which says it itself")
+    return pretrained_of(load_own(source))
+
+
+def say_what(model: PretrainedModel, source: Path) -> None:
+    """Prints what was recognised, and by what."""
+    family, origin = model.family, model.origin
+    heading(f"{shown(source.absolute())}: {family.title}")
+    say(f"  family      {family.name}, in the layout of {origin.layout}")
+    say(f"  prediction  {family.prediction}, says {origin.prediction}")
+    say(f"  weights     {origin.weights}")
+    for name, part in (
+        ("network", model.network),
+        ("conditioner", model.conditioner),
+        ("autoencoder", model.autoencoder),
+    ):
+        say(f"  {name:<11} {_size(part)}")
+    if model.carried:
+        say(f"  carried     {len(model.carried)} tensors that ldm does not read")
+    for left_out in origin.left_out:
+        say(f"  left out    {left_out}")
+
+
+def write(model: PretrainedModel, out: Path, *, layout: str, dtype: torch.dtype | None) -> list[str]:
+    """Writes a model in a format; gives what its user should know.
+
+    Raises:
+        ValueError: the format cannot hold it.
+    """
+    from ldm.interop import write_compvis, write_diffusers, write_ldm
+
+    if layout == "compvis":
+        _, config = write_compvis(model, out, dtype=dtype)
+        return [f"its config is {config.name}, beside it"]
+    if layout == "diffusers":
+        return write_diffusers(model, out, dtype=dtype)
+    if layout == "ldm":
+        write_ldm(model, out, dtype=dtype)
+        return []
+    raise ValueError(f"got format={layout}, expected one of {', '.join(FORMATS)}")
+
+
+def _path(config: DictConfig, name: str) -> Path:
+    if config[name] is None:
+        raise UserError(f"{name}: got none; write source=MODEL out=NAME.safetensors, or out=FOLDER for diffusers")
+    return Path(str(config[name])).expanduser()
+
+
+def _format(config: DictConfig, out: Path) -> str:
+    """The format asked for; else a file is CompVis's and a folder diffusers'."""
+    chosen = config.format or ("compvis" if out.suffix == ".safetensors" else "diffusers")
+    if chosen not in FORMATS:
+        near = closest(str(chosen), list(FORMATS))
+        raise UserError(
+            f"format: got {chosen}, expected one of {', '.join(FORMATS)}{f'; did you mean {near}?' if near else ''}"
+        )
+    return str(chosen)
+
+
+def _dtype(config: DictConfig) -> str | None:
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise UserError(f"dtype: got {config.dtype}, expected null (as they are) or one of {', '.join(DTYPES)}")
+    return None if config.dtype is None else str(config.dtype)
+
+
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _size(part: nn.Module) -> str:
+    """How many tensors and parameters a part has, and of which type."""
+    from ldm.interop.model import CarriedConditioner
+
+    tensors = list(part.tensors.values() if isinstance(part, CarriedConditioner) else part.parameters())
+    if not tensors:
+        return f"{type(part).__name__}, without weights"
+    types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    name = f"{part.kind}, carried along" if isinstance(part, CarriedConditioner) else type(part).__name__
+    total = sum(tensor.numel() for tensor in tensors)
+    return f"{name}: {len(tensors)} tensors, {total / 1e6:.2f} M parameters, {types}"
