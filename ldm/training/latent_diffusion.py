@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.autoencoders import GaussianAutoencoder
+from ldm.autoencoders import Autoencoder
 from ldm.conditioners import Conditioner
 from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser
@@ -49,14 +49,19 @@ class LatentDiffusionModule(pl.LightningModule):
         ema_decay: of the moving average, by optimizer step.
         sampling: how `sample` samples, unless told otherwise.
         seed: of noise, times and dropout; with a sample's position in the stream it decides all three.
+
+    Attributes:
+        knows_null: whether the model can do without a condition before it is trained.
     """
+
+    knows_null = False
 
     def __init__(
         self,
         denoiser: Denoiser,
         *,
         conditioner: Conditioner,
-        autoencoder: GaussianAutoencoder,
+        autoencoder: Autoencoder,
         optimizer: Callable[..., Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler],
         sampling: SamplingSettings,
@@ -67,7 +72,7 @@ class LatentDiffusionModule(pl.LightningModule):
         super().__init__()
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"got condition_dropout={condition_dropout}, expected a share from 0 to 1")
-        if condition_dropout == 0 and sampling.guidance.scale != 1:
+        if condition_dropout == 0 and sampling.guidance.scale != 1 and not self.knows_null:
             raise ValueError(
                 f"got guidance.scale={sampling.guidance.scale} with condition_dropout=0: the model never learns to "
                 "do without a condition; set model.condition_dropout=0.1, or guidance.scale=1"
@@ -103,8 +108,7 @@ class LatentDiffusionModule(pl.LightningModule):
     def loss(self, batch: dict[str, Any], model: Trained, seed: int, condition_dropout: float) -> Tensor:
         """The diffusion loss (B,) of a batch."""
         moments = self.moments(batch)
-        channels, *size = moments.shape[1:]
-        random = draw(seed, batch["position"], (channels // 2, *size))
+        random = draw(seed, batch["position"], (self.autoencoder.latent_channels, *moments.shape[2:]))
         x_0 = self.autoencoder.to_latents(moments, noise=random.posterior)
         denoiser, conditioner = model.denoiser, model.conditioner
         cond = conditioner(batch).select(random.drop < condition_dropout, conditioner.null(len(x_0)))
@@ -112,7 +116,7 @@ class LatentDiffusionModule(pl.LightningModule):
 
     @torch.no_grad()
     def moments(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's moments (B, 2C, h, w): encoded now, unless the shards hold them."""
+        """The batch's moments (B, M, h, w): encoded now, unless the shards hold them."""
         return batch["moments"] if "moments" in batch else self.autoencoder.encode(batch["image"])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -177,6 +181,6 @@ class LatentDiffusionModule(pl.LightningModule):
             return {"weights": path.name}
         state = drop_frozen(self.ema.module, self.ema.module.state_dict())
         save_weights(path, state, target="ldm.training.LatentDiffusionModule", config=config)
-        if source := config["autoencoder"].get("path"):
+        if source := (config.get("autoencoder") or {}).get("path"):
             shutil.copyfile(source, folder / "autoencoder.safetensors")
         return {"weights": path.name}
