@@ -1,7 +1,6 @@
 """The U-Net of latent diffusion, in the geometry and with the parameter names of the published weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Conditioning
+from ldm.networks.conditions import AcceptedConditions, with_extra_channels
 from ldm.networks.unet_blocks import AttentionLayers, UNetLayers, per_level
 from ldm.nn import timestep_embedding
 from ldm.nn.arguments import keeps_arguments
@@ -99,7 +99,7 @@ class UNet(nn.Module):
         self.model_channels = model_channels
         self.downsampling_factor = 2 ** (levels - 1)
         self.checkpoint_blocks = checkpoint_blocks
-        self.accepted = _AcceptedConditions(context_dim, num_classes, vector_dim)
+        self.accepted = AcceptedConditions(context_dim, num_classes, vector_dim)
         self.time_embed = _two_layers(model_channels, 4 * model_channels)
         self.label_emb = _label_embedding(num_classes, vector_dim, 4 * model_channels)
         self.input_blocks, skips = layers.encoder(in_channels, model_channels)
@@ -114,7 +114,7 @@ class UNet(nn.Module):
         holds one that it has no use for.
         """
         self.accepted.check(cond)
-        h = self._with_extra_channels(x, cond)
+        h = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.downsampling_factor)
         emb = self._embedding(t, cond, x.dtype)
         skips = []
         for block in self.input_blocks:
@@ -133,87 +133,6 @@ class UNet(nn.Module):
     def _embedding(self, t: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))
         return emb if self.label_emb is None else emb + self.label_emb(cond.vector)
-
-    def _with_extra_channels(self, x: Tensor, cond: Conditioning) -> Tensor:
-        height, width = x.shape[-2:]
-        if height % self.downsampling_factor or width % self.downsampling_factor:
-            raise ValueError(
-                f"got an input of {height}x{width}, expected multiples of {self.downsampling_factor}; "
-                "change the image size or the network's number of levels"
-            )
-        if cond.concat is not None:
-            if cond.concat.shape[-2:] != x.shape[-2:]:
-                raise ValueError(
-                    f"got a concat of {tuple(cond.concat.shape[-2:])} for an input of {height}x{width}, expected the "
-                    "same size; resize the concatenated condition"
-                )
-            x = torch.cat([x, cond.concat], dim=1)
-        if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"got {x.shape[1]} channels (input and concat together), expected in_channels {self.in_channels}; "
-                "set the network's in_channels, or the channels of latents and condition"
-            )
-        return x
-
-
-@dataclass(frozen=True)
-class _AcceptedConditions:
-    """The parts of a Conditioning that a network needs and takes."""
-
-    context_dim: int | None
-    num_classes: int | None
-    vector_dim: int | None
-
-    def __post_init__(self) -> None:
-        if self.num_classes is not None and self.vector_dim is not None:
-            raise ValueError(
-                f"got num_classes {self.num_classes} and vector_dim {self.vector_dim}, expected at most one; "
-                "set the other to null"
-            )
-
-    def check(self, cond: Conditioning) -> None:
-        self._check_context(cond.context, cond.mask)
-        if self.num_classes is None and self.vector_dim is None:
-            if cond.vector is not None:
-                raise ValueError(
-                    "got a vector condition, expected none; set num_classes (for ids) or vector_dim (for vectors)"
-                )
-        elif cond.vector is None:
-            raise ValueError("got no vector condition, expected one; use a conditioner that gives class ids or vectors")
-        else:
-            self._check_vector(cond.vector)
-
-    def _check_context(self, context: Tensor | None, mask: Tensor | None) -> None:
-        if self.context_dim is None:
-            if context is not None or mask is not None:
-                raise ValueError(
-                    "got a context or mask for a network without context_dim, expected neither; set context_dim to "
-                    "the conditioner's width"
-                )
-            return
-        if context is None:
-            raise ValueError(
-                f"got no context, expected one of width {self.context_dim}; use a conditioner that gives context, or "
-                "set context_dim to null"
-            )
-        if context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"got a context of width {context.shape[-1]}, expected context_dim {self.context_dim}; make network "
-                "and conditioner agree"
-            )
-
-    def _check_vector(self, vector: Tensor) -> None:
-        if self.num_classes is not None:
-            if vector.dtype != torch.int64 or vector.ndim != 1:
-                raise ValueError(
-                    f"got a vector condition {vector.dtype} of shape {tuple(vector.shape)}, expected class ids int64 "
-                    "(B,); give ids, or set vector_dim instead of num_classes"
-                )
-        elif vector.ndim != 2 or vector.shape[1] != self.vector_dim:
-            raise ValueError(
-                f"got a vector condition of shape {tuple(vector.shape)}, expected (B, {self.vector_dim}); make "
-                "vector_dim and the conditioner agree"
-            )
 
 
 def _two_layers(dim_in: int, dim_out: int) -> nn.Sequential:

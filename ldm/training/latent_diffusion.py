@@ -122,6 +122,9 @@ class LatentDiffusionModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         num_updates = self.trainer.global_step
         super().optimizer_step(*args, **kwargs)
+        # Networks with weights of fixed magnitude (Karras et al. 2024) bring them back before they are averaged.
+        if renew := getattr(self.trained.denoiser.network, "after_optimizer_step", None):
+            renew()
         self.ema.update(self.trained, num_updates=num_updates)
 
     def configure_gradient_clipping(

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ldm.conditioners import Unconditional
 from ldm.data import ShardDataModule
-from ldm.diffusion import Guidance
+from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
 from ldm.generation import SamplingSettings
 from ldm.generation.encode import encode_dataset
+from ldm.networks import EDM2UNet
+from ldm.nn.magnitude_preserving import UnitWeight
 from ldm.samplers import Euler, Trailing
 from ldm.training import LatentDiffusionModule
 from ldm.training.ema import EMA
@@ -127,6 +131,37 @@ def test_every_trained_parameter_learns_and_no_frozen_one_does(
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
     # The words that no caption has are the only rows that stay; they share a matrix with the others.
     assert changed == {name for name in before if not name.startswith("autoencoder.")}
+
+
+def test_weights_of_fixed_magnitude_have_it_again_after_every_step(
+    make_latent_diffusion: MakeModule, make_data: MakeData, make_trainer: MakeTrainer
+) -> None:
+    geometry = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]}
+    denoiser = Denoiser(
+        EDM2UNet(4, 4, num_head_channels=8, **geometry),
+        schedule=schedules.EDM(),
+        parameterization=parameterizations.EDM(),
+        weighting=weightings.EDM(),
+        times=times.LogNormal(),
+    )
+    module = make_latent_diffusion(
+        denoiser=denoiser,
+        conditioner=Unconditional(),
+        sampling=sampling(1.0),
+        optimizer=partial(torch.optim.Adam, lr=0.1),
+    )
+    snapshots = Snapshots()
+    make_trainer(max_steps=3, callbacks=[snapshots]).fit(module, make_data())
+    names = [f"denoiser.network.{name}.weight" for name, part in denoiser.network.named_modules() if is_unit(part)]
+    assert len(names) > 10
+    for state in snapshots.states[1:]:
+        rows = torch.cat([state[name].flatten(1).square().mean(1).sqrt() for name in names])
+        assert_close(rows, torch.ones_like(rows), rtol=1e-4, atol=1e-4)
+    assert any(not torch.equal(snapshots.states[1][name], snapshots.states[3][name]) for name in names)
+
+
+def is_unit(part: nn.Module) -> bool:
+    return isinstance(part, UnitWeight)
 
 
 def test_a_checkpoint_holds_what_was_trained_and_loads_strictly(
