@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ldm.metrics.features import as_seen, num_features_of
+from ldm.metrics.features import as_seen, describe_network, num_features_of
+from ldm.metrics.statistics import Statistics
 
 
 class FrechetDistance(Metric):
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) between generated and real images.
+
+    What it is called depends on the features: FID (Inception, "2048"), sFID ("spatial"), clean-FID (resize
+    "bicubic"), FD-DINOv2; rFID where the generated images are an autoencoder's reconstructions of the real ones.
 
     Sums of features and of their outer products are kept in float64 and added across ranks, so the value depends on
     neither batch size, nor order, nor number of ranks. torchmetrics' FrechetInceptionDistance keeps the same sums but
@@ -22,6 +29,10 @@ class FrechetDistance(Metric):
 
     Args:
         features: network from images (B, 3, H, W) in [-1, 1] to (B, num_features), with that attribute.
+        reference: statistics of the real images, or an .npz with them as published; None takes real images.
+
+    Raises:
+        ValueError: a reference of other features; in `update`, real images beside a reference.
 
     Source: Heusel et al. 2017, eq. 6.
     """
@@ -34,10 +45,11 @@ class FrechetDistance(Metric):
     outers: Tensor
     counts: Tensor
 
-    def __init__(self, features: nn.Module) -> None:
+    def __init__(self, features: nn.Module, *, reference: Statistics | Path | str | None = None) -> None:
         super().__init__()
         size = num_features_of(features)
         self.features = features.eval()
+        self.reference = open_reference(reference, features)
         # Row 0 generated, row 1 real.
         self.add_state("sums", torch.zeros(2, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outers", torch.zeros(2, size, size, dtype=torch.float64), dist_reduce_fx="sum")
@@ -45,6 +57,7 @@ class FrechetDistance(Metric):
 
     def update(self, images: Tensor, real: bool) -> None:
         """Adds images (B, 3, H, W) in [-1, 1] to the real or to the generated set."""
+        refuse_real_beside(self.reference, real)
         features = self.features(as_seen(images)).double()
         self.sums[int(real)] += features.sum(dim=0)
         self.outers[int(real)] += features.T @ features
@@ -56,19 +69,85 @@ class FrechetDistance(Metric):
             total[0] = 0
         self._computed = None
 
+    def describe(self) -> dict[str, Any]:
+        """What goes into the protocol: the feature network, and where the reference comes from."""
+        return {"features": describe_network(self.features), **describe_reference(self.reference)}
+
+    def statistics(self, *, real: bool, provenance: Mapping[str, Any] | None = None) -> Statistics:
+        """Statistics of all images of one side over all ranks, to be written as a reference; every rank calls it.
+
+        Args:
+            provenance: of the data, e.g. its manifest hash; the feature network is added.
+
+        Raises:
+            ValueError: fewer than two images.
+        """
+        with self.sync_context(should_unsync=True):
+            return self._statistics(int(real), {**(provenance or {}), "features": describe_network(self.features)})
+
     def compute(self) -> Tensor:
         """The distance, a float64 scalar; NaN while either set has fewer than two images."""
-        size = self.sums.shape[1]
-        if bool((self.counts < 2).any()):
+        used = self.counts[:1] if self.reference else self.counts
+        if bool((used < 2).any()):
             return torch.full((), torch.nan, dtype=torch.float64, device=self.sums.device)
-        if bool((self.counts < size).any()):
-            warnings.warn(
-                f"Fréchet distance of {int(self.counts[0])} generated and {int(self.counts[1])} real images in "
-                f"{size} dimensions: with fewer images than dimensions the value is biased upwards",
-                stacklevel=2,
-            )
-        generated, real = (gaussian(self.sums[i], self.outers[i], self.counts[i]) for i in (0, 1))
-        return frechet_distance(*generated, *real)
+        generated = self._statistics(0, {})
+        real = self.reference or self._statistics(1, {})
+        return distance_between(generated, real)
+
+    def _statistics(self, row: int, provenance: Mapping[str, Any]) -> Statistics:
+        count = int(self.counts[row])
+        if count < 2:
+            raise ValueError(f"got {count} images, expected at least 2 for a covariance; update with more first")
+        mean, covariance = gaussian(self.sums[row], self.outers[row], self.counts[row])
+        return Statistics(mean, covariance, count, provenance)
+
+
+def open_reference(reference: Statistics | Path | str | None, features: nn.Module) -> Statistics | None:
+    """The statistics of real images that a metric was given, or None.
+
+    Raises:
+        ValueError: they are of another size, or say that they are of other features.
+    """
+    if reference is None:
+        return None
+    if not isinstance(reference, Statistics):
+        reference = Statistics.read(reference, suffix=getattr(features, "statistics_suffix", ""))
+    size = num_features_of(features)
+    if len(reference.mean) != size:
+        raise ValueError(
+            f"got reference statistics of {len(reference.mean)} features, expected {size}; give those of the same "
+            "feature network"
+        )
+    theirs = reference.provenance.get("features")
+    if theirs is not None and theirs != (ours := describe_network(features)):
+        raise ValueError(f"got reference statistics of features {theirs}, expected {ours}; compute them with the same")
+    return reference
+
+
+def refuse_real_beside(reference: Statistics | None, real: bool) -> None:
+    """Raises ValueError for real images beside a reference."""
+    if real and reference is not None:
+        raise ValueError("got real images beside reference statistics, expected one of the two; leave out one")
+
+
+def describe_reference(reference: Statistics | None) -> dict[str, Any]:
+    """What a protocol says of a reference: nothing where there is none."""
+    if reference is None:
+        return {}
+    return {"reference": {"count": reference.count, **reference.provenance}}
+
+
+def distance_between(generated: Statistics, real: Statistics) -> Tensor:
+    """The distance, float64; warns where either set has fewer images than dimensions."""
+    size = len(generated.mean)
+    if min(count for count in (generated.count, real.count, size) if count is not None) < size:
+        warnings.warn(
+            f"Fréchet distance of {generated.count} generated and {real.count} real images in "
+            f"{size} dimensions: with fewer images than dimensions the value is biased upwards",
+            stacklevel=2,
+        )
+    device = generated.mean.device
+    return frechet_distance(generated.mean, generated.covariance, real.mean.to(device), real.covariance.to(device))
 
 
 def gaussian(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ldm.metrics.features import as_seen, num_features_of
+from ldm.metrics.features import as_seen, describe_network, num_features_of
 
 
 class InceptionScore(Metric):
@@ -54,6 +56,10 @@ class InceptionScore(Metric):
         self.probabilities.index_add_(0, split, probabilities)
         self.negative_entropies.index_add_(0, split, negative_entropies)
         self.counts.index_add_(0, split, torch.ones_like(negative_entropies))
+
+    def describe(self) -> dict[str, Any]:
+        """What goes into the protocol."""
+        return {"features": describe_network(self.features), "splits": self.splits}
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (population) over the splits that hold images, float64 scalars."""

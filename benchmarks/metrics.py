@@ -1,0 +1,191 @@
+"""Metrics of given features: time and peak memory beside torchmetrics and torch-fidelity, and the matrix square root.
+
+    python benchmarks/metrics.py compare --images 50000      # each metric of each library in its own process
+    python benchmarks/metrics.py roots                       # tr (S_1 S_2)^(1/2) against scipy
+
+Features are random numbers, N x 2048 on each side (logits N x 1008 for the Inception Score), handed over in batches of
+64 as a network would. What a network costs is the same for all and left out. Seconds are those of the processor, so
+that other work on the machine does not count: compare with OMP_NUM_THREADS=1. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+BATCH = 64
+FEATURES, LOGITS = 2048, 1008
+
+
+class Drawn(nn.Module):
+    """Random features in the place of a network's: what `images` are makes no difference, only how many."""
+
+    def __init__(self, num_features: int, seed: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, num_features), float32, of images (B, ...)."""
+        # Not centred, as activations are not.
+        return torch.rand(len(images), self.num_features, generator=self.generator)
+
+
+def batches(num_images: int) -> Iterator[Tensor]:
+    """Places 0 to num_images - 1, in batches."""
+    return iter(torch.arange(num_images).split(BATCH))
+
+
+def drawn(num_images: int, seed: int, size: int = FEATURES) -> Tensor:
+    """All features of one side, as a library that wants them at once takes them."""
+    network = Drawn(size, seed)
+    return torch.cat([network(places) for places in batches(num_images)])
+
+
+def ours(name: str, num_images: int) -> object:
+    """One of this project's metrics."""
+    from ldm import metrics
+
+    network = Drawn(LOGITS if name == "inception_score" else FEATURES, 0)
+    kinds = {
+        "fid": metrics.FrechetDistance,
+        "kid": metrics.KernelDistance,
+        "inception_score": metrics.InceptionScore,
+        "precision_recall": metrics.PrecisionRecall,
+        "density_coverage": metrics.DensityCoverage,
+    }
+    metric = kinds[name](network)
+    for places in batches(num_images):
+        images = torch.zeros(len(places), 3, 2, 2)
+        if name == "inception_score":
+            metric.update(images, places)
+            continue
+        for real in (True, False):
+            metric.update(images, real=real) if name == "fid" else metric.update(images, places, real=real)
+    return metric.compute()
+
+
+def torchmetrics(name: str, num_images: int) -> object:
+    """The metric of that name in torchmetrics, as it comes."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    network = Drawn(LOGITS if name == "inception_score" else FEATURES, 0)
+    kinds = {"fid": FrechetInceptionDistance, "kid": KernelInceptionDistance, "inception_score": InceptionScore}
+    metric = kinds[name](network)
+    for places in batches(num_images):
+        images = torch.zeros(len(places), 3, 2, 2, dtype=torch.uint8)
+        if name == "inception_score":
+            metric.update(images)
+            continue
+        for real in (True, False):
+            metric.update(images, real=real)
+    return metric.compute()
+
+
+def torch_fidelity(name: str, num_images: int) -> object:
+    """The formula of that name in torch-fidelity, which takes all features at once."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    if name == "inception_score":
+        return isc_features_to_metric(drawn(num_images, 0, LOGITS))
+    generated, real = drawn(num_images, 0), drawn(num_images, 1)
+    if name == "fid":
+        return fid_statistics_to_metric(*map(fid_features_to_statistics, (generated, real)), False)
+    if name == "kid":
+        return kid_features_to_metric(generated, real, verbose=False)
+    return prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)
+
+
+LIBRARIES: dict[str, tuple[Callable[[str, int], object], tuple[str, ...]]] = {
+    "ldm": (ours, ("fid", "kid", "inception_score", "precision_recall", "density_coverage")),
+    "torchmetrics": (torchmetrics, ("fid", "kid", "inception_score")),
+    "torch-fidelity": (torch_fidelity, ("fid", "kid", "inception_score", "precision_recall")),
+}
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(library: str, name: str, num_images: int) -> None:
+    """Prints one measurement as JSON: processor seconds, and MiB beyond what the imports take."""
+    warnings.simplefilter("ignore")
+    run, _ = LIBRARIES[library]
+    for module in ("ldm.metrics", "torchmetrics.image", "torch_fidelity"):
+        importlib.import_module(module)
+    # Loads what linear algebra needs.
+    torch.linalg.eigh(drawn(2, 0).T.cov()[:2, :2])
+    before, start = peak_mib(), time.process_time()
+    run(name, num_images)
+    print(json.dumps({"seconds": time.process_time() - start, "mib": peak_mib() - before}))
+
+
+def compare(num_images: int) -> None:
+    """Prints a table of all libraries and metrics."""
+    print("| metric | library | CPU seconds | images/s | MiB |\n|---|---|---:|---:|---:|")
+    for library, (_, names) in LIBRARIES.items():
+        for name in names:
+            command = [sys.executable, __file__, "measure", library, name, "--images", str(num_images)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+            found = json.loads(output.strip().splitlines()[-1])
+            speed = 2 * num_images / found["seconds"]
+            print(f"| {name} | {library} | {found['seconds']:.1f} | {speed:.0f} | {found['mib']:.0f} |", flush=True)
+
+
+def roots() -> None:
+    """Prints processor seconds for tr (S_1 S_2)^(1/2) by singular values and by scipy's matrix square root."""
+    from scipy.linalg import sqrtm
+
+    from ldm.metrics.fid import trace_sqrt_product
+
+    print("| D | svd of factors, s | scipy sqrtm, s | relative difference |\n|---:|---:|---:|---:|")
+    for size in (512, 1024, 2048):
+        sides = [torch.rand(2 * size, size, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1)]
+        a, b = (side.T.cov() for side in sides)
+        start = time.process_time()
+        mine = trace_sqrt_product(a, b).item()
+        middle = time.process_time()
+        theirs = float(sqrtm((a @ b).numpy()).real.trace())
+        end = time.process_time()
+        print(f"| {size} | {middle - start:.2f} | {end - middle:.2f} | {abs(mine / theirs - 1):.1e} |", flush=True)
+
+
+def main() -> None:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("compare")
+    one = commands.add_parser("measure")
+    one.add_argument("library", choices=LIBRARIES)
+    one.add_argument("name")
+    for command in (table, one):
+        command.add_argument("--images", type=int, default=50_000)
+    commands.add_parser("roots")
+    arguments = parser.parse_args()
+    if arguments.command == "compare":
+        compare(arguments.images)
+    elif arguments.command == "measure":
+        measure(arguments.library, arguments.name, arguments.images)
+    else:
+        roots()
+
+
+if __name__ == "__main__":
+    main()

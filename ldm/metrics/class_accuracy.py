@@ -1,0 +1,61 @@
+"""Class accuracy of conditional samples: whether a classifier sees the class that was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from ldm.metrics.features import as_seen, describe_network, num_features_of
+
+
+class ClassAccuracy(Metric):
+    """Share of generated images whose class is among a classifier's `top_k` guesses.
+
+    Args:
+        classifier: module from images (B, 3, H, W) in [-1, 1] to logits (B, num_features), e.g.
+            `TorchvisionFeatures(layer="fc")` or `ClassifierFeatures(..., output="digit")`.
+        top_k: guesses that count.
+
+    Raises:
+        ValueError: top_k below 1 or above the number of classes; in `update`, a class that there is not.
+
+    Source: Ravuri and Vinyals 2019 judge generated sets by classifiers; this is the direct form.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    hits: Tensor
+    count: Tensor
+
+    def __init__(self, classifier: nn.Module, *, top_k: int = 1) -> None:
+        super().__init__()
+        self.num_classes = num_features_of(classifier)
+        if not 1 <= top_k <= self.num_classes:
+            raise ValueError(f"got top_k={top_k}, expected 1 to the number of classes, {self.num_classes}")
+        self.classifier, self.top_k = classifier.eval(), top_k
+        self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """Adds images (B, 3, H, W) in [-1, 1] with the classes (B,) that they were asked to be."""
+        if len(images) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"got {len(images)} images with {len(labels)} labels from {int(labels.min())} to {int(labels.max())}, "
+                f"expected one each from 0 to {self.num_classes - 1}; number classes as the classifier does"
+            )
+        guesses = self.classifier(as_seen(images)).topk(self.top_k, dim=1).indices
+        self.hits += (guesses == labels.to(guesses.device)[:, None]).sum()
+        self.count += len(images)
+
+    def describe(self) -> dict[str, Any]:
+        """What goes into the protocol."""
+        return {"classifier": describe_network(self.classifier), "top_k": self.top_k}
+
+    def compute(self) -> Tensor:
+        """The share in [0, 1], a float64 scalar; NaN without images."""
+        return self.hits.double() / self.count

@@ -1,0 +1,106 @@
+"""Mean and covariance of a set's features, in the files that the field exchanges them in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and unbiased covariance (D, D) of features, float64, of `count` images (None where a file is silent).
+
+    `provenance` says what they were computed from: the feature network's `describe()`, the data's manifest hash, the
+    preprocessing. It is empty for files of other projects.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = len(self.mean)
+        if self.mean.dim() != 1 or self.covariance.shape != (size, size):
+            raise ValueError(
+                f"got a mean {tuple(self.mean.shape)} and a covariance {tuple(self.covariance.shape)}, expected (D,) "
+                "and (D, D)"
+            )
+
+    @classmethod
+    def of(cls, features: Tensor, *, provenance: Mapping[str, Any] | None = None) -> Statistics:
+        """Those of features (N, D), N at least 2."""
+        if features.dim() != 2 or len(features) < 2:
+            raise ValueError(f"got features {tuple(features.shape)}, expected (N, D) with N at least 2")
+        wide = features.double()
+        return cls(wide.mean(dim=0), wide.T.cov().reshape(2 * wide.shape[1:]), len(wide), dict(provenance or {}))
+
+    @classmethod
+    def read(cls, path: Path | str, *, suffix: str = "") -> Statistics:
+        """Statistics from an .npz with `mu` and `sigma`: of ADM, clean-fid, pytorch-fid, EDM or of `write`.
+
+        Args:
+            suffix: "_s" for the spatial ones (sFID) in ADM's files.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file holds no statistics of that name.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"got no reference statistics at {path}, expected an .npz with mu{suffix} and sigma{suffix}; fetch it "
+                "or write it from real images, and give its place as reference"
+            )
+        with np.load(path, allow_pickle=False) as file:
+            names = (f"mu{suffix}", f"sigma{suffix}")
+            if not set(names) <= set(file.files):
+                raise ValueError(
+                    f"got {path} with {', '.join(file.files)}, expected {' and '.join(names)}; take a file of "
+                    "statistics, not of images"
+                )
+            mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in names)
+            count = int(file["count"]) if "count" in file.files else None
+            provenance = json.loads(str(file["provenance"])) if "provenance" in file.files else {}
+        return cls(mean.squeeze(), covariance, count, provenance)
+
+    def write(self, path: Path | str) -> None:
+        """Writes an .npz that all of those projects read, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        if self.count is not None:
+            arrays["count"] = np.int64(self.count)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as stream:
+                np.savez(stream, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def cached(cls, folder: Path | str, provenance: Mapping[str, Any], compute: Callable[[], Statistics]) -> Statistics:
+        """Those in folder/HASH.npz, where HASH is that of the provenance; computed and written where there are none.
+
+        Args:
+            provenance: everything that the values depend on, as JSON: manifest hash, preprocessing, feature network.
+            compute: called on a miss.
+        """
+        text = json.dumps(dict(provenance), sort_keys=True)
+        path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        if path.is_file():
+            return cls.read(path)
+        fresh = compute()
+        statistics = cls(fresh.mean, fresh.covariance, fresh.count, dict(provenance))
+        statistics.write(path)
+        return statistics
