@@ -37,8 +37,9 @@ def build(folder: Path) -> None:
     """Writes folder/diffusers, the geometry of SD 1.5 with random weights."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from ldm.interop.text_encoders import clip_vocabulary
 
     torch.manual_seed(0)
     channels = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "layers_per_block": 2}
@@ -48,12 +49,11 @@ def build(folder: Path) -> None:
     text = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=49407
     )
-    bpe = SimpleTokenizer()
-    merges = [pair for pair, _ in sorted(bpe.bpe_ranks.items(), key=lambda item: item[1])]
+    vocabulary, merges = clip_vocabulary()
     StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab=bpe.encoder, merges=merges, model_max_length=77),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[tuple(m.split()) for m in merges], model_max_length=77),
         unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear",

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from ldm.data.dataset import Item, ShardDataset, collate
 from ldm.data.position import RankBatches, ShardOrder, ShareBatches, batch_size_per_rank
 from ldm.data.shards import resolve_shards
+from ldm.data.worker_signals import outlive_stop
 
 Shards = str | os.PathLike[str] | Sequence[str]
 
@@ -37,8 +38,12 @@ class ShardDataModule(pl.LightningDataModule):
         flip: bool = False,
         cache: bool = False,
         block_size: int = 16,
+        filter: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Raises FileNotFoundError where there are no shards and ValueError for a batch that is not positive."""
+        """`filter` is a folder that `ldm data filter` wrote: training reads the samples that it kept alone.
+
+        Raises FileNotFoundError where there are no shards and ValueError for a batch that is not positive.
+        """
         super().__init__()
         batch_size_per_rank(batch_size, 1)
         self.paths = {"train": resolve_shards(train)}
@@ -54,6 +59,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.flip = flip
         self.cache = cache
         self.block_size = block_size
+        self.filter = filter
         self._datasets: dict[str, ShardDataset] = {}
         self._stream: TrainingStream | None = None
         # Where the stream stood when the trainer had done so many batches; None: as many as it has been restored to.
@@ -73,6 +79,7 @@ class ShardDataModule(pl.LightningDataModule):
                 flip=self.flip and split == "train",
                 cache=self.cache,
                 seed=self.seed,
+                kept=self.filter if split == "train" else None,
             )
         return self._datasets[split]
 
@@ -115,8 +122,8 @@ class ShardDataModule(pl.LightningDataModule):
         """Return the training stream; raises ValueError when resuming on other shards or another seed."""
         if self._expected_fingerprint not in (None, self._fingerprint()):
             raise ValueError(
-                f"resume: got other training shards, data.seed or data.block_size ({self._fingerprint()}) than the "
-                f"checkpoint's ({self._expected_fingerprint}), expected the same; start a new run instead"
+                f"resume: got other training shards, data.filter, data.seed or data.block_size ({self._fingerprint()}) "
+                f"than the checkpoint's ({self._expected_fingerprint}), expected the same; start a new run instead"
             )
         if self._origin_batches is None:
             self._origin_batches = self._batches_done()
@@ -234,4 +241,5 @@ def make_loader(
         collate_fn=collate,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
+        worker_init_fn=outlive_stop,
     )

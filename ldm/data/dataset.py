@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.shards import IMAGE_SUFFIXES, CorruptSampleError, ShardReader, decode, index_shard, resolve_shards
+from ldm.data.index_file import open_index
+from ldm.data.kept import KeptSamples
+from ldm.data.shards import IMAGE_SUFFIXES, CorruptSampleError, ShardReader, decode, resolve_shards
 from ldm.data.transforms import is_flipped, resize_and_crop, to_pixels
 from ldm.data.writer import IN_PROGRESS, read_manifest
 
@@ -25,7 +27,8 @@ class ShardDataset(Dataset[Item]):
     An item is asked for by (position, index, epoch) and holds "image" float32 (3, H, W) in [-1, 1] or "moments"
     float32 (M, h, w), "caption", "index", "position" and the numeric json `columns`. The caption is the sample's
     .txt, else its json caption, else empty. Mirroring depends on (seed, epoch, index) alone.
-    `cache` keeps decoded samples, before augmentation, in the memory of each process that reads.
+    `cache` keeps decoded samples, before augmentation, in the memory of each process that reads. `kept` is a folder
+    that `ldm data filter` wrote: the data set is then of the samples that it kept, and numbers those alone.
     """
 
     def __init__(
@@ -37,9 +40,15 @@ class ShardDataset(Dataset[Item]):
         flip: bool = False,
         cache: bool = False,
         seed: int = 0,
+        kept: str | os.PathLike[str] | None = None,
     ) -> None:
         """Raises ValueError or FileNotFoundError for shards that are missing, damaged, mixed, or lack a column."""
-        self.shards = [index_shard(path) for path in resolve_shards(shards)]
+        self.shards = [open_index(path) for path in resolve_shards(shards)]
+        self._check_manifests()
+        self.is_filtered = kept is not None
+        if kept is not None:
+            chosen = KeptSamples(kept)
+            self.shards = [chosen.select(shard) for shard in self.shards]
         self.columns = tuple(columns)
         self.resolution = resolution
         self.flip = flip
@@ -48,7 +57,6 @@ class ShardDataset(Dataset[Item]):
         self.first_samples = np.cumsum([0, *self.shard_sizes])
         self._reader = ShardReader()
         self._cache: dict[int, Item] | None = {} if cache else None
-        self._check_manifests()
         self.payload = self._find_payload()
         self._check_options()
         self._check_columns()
@@ -59,10 +67,14 @@ class ShardDataset(Dataset[Item]):
 
     @property
     def fingerprint(self) -> str:
-        """Say in 16 hex digits which samples these are, in which order: names, sizes and keys of all shards."""
+        """Say in 16 hex digits which samples these are, in which order: names, sizes and keys of all shards.
+
+        Where a filter chose among the samples, every key counts instead of each shard's first and last.
+        """
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{shard.path.name} {len(shard)} {shard.keys[:1]} {shard.keys[-1:]}\n".encode())
+            named = shard.digest if self.is_filtered else f"{shard.keys[:1]} {shard.keys[-1:]}"
+            digest.update(f"{shard.path.name} {len(shard)} {named}\n".encode())
         return digest.hexdigest()[:16]
 
     def unaugmented(self) -> "ShardDataset":
@@ -76,6 +88,13 @@ class ShardDataset(Dataset[Item]):
         """Return the shard and key of a sample, for messages."""
         shard, sample = self._locate(index)
         return f"{self.shards[shard].path}: {self.shards[shard].keys[sample]}"
+
+    def annotation(self, index: int) -> tuple[str, Item]:
+        """Return a sample's caption and its json, without decoding its picture."""
+        shard, sample = self._locate(index)
+        decoded = decode(self.shards[shard], sample, self._reader, suffixes=["txt", "json"])
+        row = decoded.get("json", {})
+        return str(decoded.get("txt", row.get("caption") or "")), row
 
     def __getitem__(self, place: tuple[int, int, int]) -> Item:
         position, index, epoch = place
@@ -146,7 +165,8 @@ class ShardDataset(Dataset[Item]):
     def _find_payload(self) -> str:
         """Return "image" or "moments": what every sample has."""
         if not len(self):
-            raise ValueError(f"shards: got {len(self.shards)} shards without a sample, expected at least one sample")
+            left = "of which data.filter keeps no sample" if self.is_filtered else "without a sample"
+            raise ValueError(f"shards: got {len(self.shards)} shards {left}, expected at least one sample")
         images = np.concatenate([shard.has_any(IMAGE_SUFFIXES) for shard in self.shards])
         moments = np.concatenate([shard.has_any(["npy"]) for shard in self.shards])
         wrong = (images == moments) | (images != images[0])

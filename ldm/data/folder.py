@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldm.data.transforms import resize_and_crop
+from ldm.data.transforms import crop_box, resize_and_crop
 from ldm.data.writer import Record, write_shards
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -91,10 +91,12 @@ def read_picture(picture: Picture, resolution: int) -> Record:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{picture.path}: got a picture that cannot be read ({error}); remove or repair it") from error
+    _, _, left, top = crop_box(image.size, resolution)
+    sizes = {"crop_top": top, "crop_left": left, "target_height": resolution, "target_width": resolution}
     return Record(
         image=resize_and_crop(image, resolution),
         caption=picture.caption,
-        columns={"is_prior": int(picture.is_prior)},
+        columns={"is_prior": int(picture.is_prior), **sizes},
         original_size=image.size,
     )
 

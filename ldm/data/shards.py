@@ -1,10 +1,12 @@
 """Find tar shards, index them by their headers alone, and read single members by offset."""
 
 import glob
+import hashlib
 import io
 import json
 import os
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +18,32 @@ from braceexpand import braceexpand
 from PIL import Image, ImageOps
 
 BLOCK = 512
+# Bytes of a header that only says a long name; a larger one is no name.
+MAX_EXTENSION = 2**20
 # Everything that is ever read out of a shard; other members are left alone, so nothing is unpickled or run.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (*IMAGE_SUFFIXES, "npy", "txt", "json")
 # webdataset's own rule: the key is the path up to the first dot of its last part.
 _MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 MAX_PIXELS = 2**26
+# A member above these is refused before it is read, so that no sample takes memory without bound.
+MAX_BYTES = {**dict.fromkeys((*IMAGE_SUFFIXES, "npy"), 2**27), "txt": 2**20, "json": 2**22}
+
+
+# The type flags of regular files.
+REGULAR = (b"0", b"\0")
 
 
 class CorruptSampleError(ValueError):
     """A member of a shard cannot be read; the message names the shard and the key."""
+
+
+class BrokenTarError(ValueError):
+    """A file is not a whole tar; `kind` is empty_file, not_a_tar, broken_tar or truncated_tar."""
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,21 @@ class ShardIndex:
         """Say for every sample, bool (num_samples,), whether it has a member of any of the suffixes."""
         columns = [self.suffixes.index(suffix) for suffix in suffixes if suffix in self.suffixes]
         return np.asarray((self.sizes[:, columns] >= 0).any(axis=1))
+
+    def select(self, rows: np.ndarray) -> "ShardIndex":
+        """Return the index of these samples alone, int64 (n,), in this order."""
+        keys = tuple(self.keys[row] for row in rows.tolist())
+        return ShardIndex(self.path, keys, self.suffixes, self.offsets[rows], self.sizes[rows])
+
+    @property
+    def digest(self) -> str:
+        """Say in 16 hex digits which samples these are, wherever the file lies: keys, suffixes, offsets and sizes."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in ("\0".join(self.keys), "\0".join(self.suffixes)):
+            digest.update(part.encode("utf-8", errors="surrogateescape") + b"\n")
+        for array in (self.offsets, self.sizes):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
 
 def resolve_shards(shards: str | os.PathLike[str] | Sequence[str]) -> list[Path]:
@@ -94,64 +127,103 @@ def index_shard(path: str | os.PathLike[str], *, suffixes: Sequence[str] = SUFFI
     Raises ValueError for a file that is not a tar, is cut off, or holds one member twice.
     """
     path = Path(path)
+    return index_members(path, scan_members(path), suffixes=suffixes)
+
+
+def index_members(
+    path: Path, members: Iterable[tuple[str, int, int]], *, suffixes: Sequence[str] = SUFFIXES
+) -> ShardIndex:
+    """Return where each sample's members lie, out of (name, offset, size); raises ValueError for one that is twice."""
     rows: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in scan_members(path):
-        match = _MEMBER.match(name)
-        if match is None or match[2].lower() not in suffixes:
+    for name, offset, size in members:
+        key, suffix = split_name(name)
+        if suffix not in suffixes:
             continue
-        key, suffix = match[1], match[2].lower()
-        row = rows.setdefault(key, {})
+        row = rows.get(key)
+        if row is None:
+            row = rows[key] = {}
         if suffix in row:
             raise ValueError(f"{path}: got {key}.{suffix} twice, expected each key once; write the shard again")
         row[suffix] = (offset, size)
-    present = tuple(suffix for suffix in suffixes if any(suffix in row for row in rows.values()))
-    table = [[row.get(suffix, (0, -1)) for suffix in present] for row in rows.values()]
-    places = np.array(table, dtype=np.int64).reshape(len(rows), len(present), 2)
+    found = set().union(*rows.values())
+    present = tuple(suffix for suffix in suffixes if suffix in found)
+    flat = [number for row in rows.values() for suffix in present for number in row.get(suffix, (0, -1))]
+    places = np.array(flat, dtype=np.int64).reshape(len(rows), len(present), 2)
     return ShardIndex(path, tuple(rows), present, places[..., 0], places[..., 1])
 
 
-def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of every regular file in a tar: ustar, GNU long names and pax paths and sizes.
+def split_name(name: str) -> tuple[str, str]:
+    """Return the key and the suffix, in lower case, of a member's name; the suffix is "" where there is no key."""
+    match = _MEMBER.match(name)
+    return (match[1], match[2].lower()) if match else (name, "")
 
-    Raises ValueError where the file is not a tar or ends inside a member.
+
+def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of every regular file in a tar; raises BrokenTarError as `scan_entries` does."""
+    for kind, name, offset, size in scan_entries(path):
+        if kind in REGULAR:
+            yield name, offset, size
+
+
+def scan_entries(path: Path) -> Iterator[tuple[bytes, str, int, int]]:
+    """Yield (type flag, name, offset, size) of every member of a tar: ustar, GNU long names and pax paths and sizes.
+
+    Raises BrokenTarError where the file is not a tar or ends inside a member.
     """
     with path.open("rb") as stream:
         descriptor, end, place = stream.fileno(), os.fstat(stream.fileno()).st_size, 0
         override: dict[str, str] = {}
         if not end:
-            raise ValueError(f"{path}: got an empty file, expected a tar; write the shard again")
+            raise BrokenTarError(f"{path}: got an empty file, expected a tar; write the shard again", kind="empty_file")
         while place < end:
             header = os.pread(descriptor, BLOCK, place)
-            if not header.strip(b"\0"):
+            if header[0] == 0 and not header.strip(b"\0"):
                 return
             kind, name, size = _parse_header(header, path=path, place=place)
-            size = int(override.get("size", size))
+            if "size" in override:
+                size = int(override["size"])
             data, place = place + BLOCK, place + BLOCK + -(-size // BLOCK) * BLOCK
-            if data + size > end:
-                raise ValueError(f"{path}: got a file cut off inside {name}, expected a whole tar; copy it again")
+            if size < 0 or data + size > end:
+                raise BrokenTarError(
+                    f"{path}: got a file cut off inside {name}, expected a whole tar; copy it again",
+                    kind="truncated_tar",
+                )
             if kind in (b"x", b"L"):
-                override |= _parse_extension(kind, os.pread(descriptor, size, data))
+                if size > MAX_EXTENSION:
+                    raise _broken(path, data)
+                try:
+                    override |= _parse_extension(kind, os.pread(descriptor, size, data))
+                except ValueError as error:
+                    raise _broken(path, data) from error
                 continue
-            if kind in (b"0", b"\0"):
-                yield override.get("path", name), data, size
-            if kind != b"g":
-                override = {}
+            if kind == b"g":
+                continue
+            yield kind, override.get("path", name) if override else name, data, size
+            override = {}
 
 
 def _parse_header(header: bytes, *, path: Path, place: int) -> tuple[bytes, str, int]:
     """Return the type flag, name and size that a header states, after checking its sum."""
     try:
-        # The sum is taken with its own eight bytes read as spaces (POSIX.1-1988).
-        expected = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        valid = _parse_number(header[148:156]) == expected
+        # The sum is taken with its own eight bytes read as spaces (POSIX.1-1988). The low half of Adler-32 is one more
+        # than the sum of all bytes modulo 65521, and many times as fast as `sum`.
+        stated = _parse_number(header[148:156]) + sum(header[148:156]) - 8 * 32 + 1
+        valid = len(header) == BLOCK and zlib.adler32(header) & 0xFFFF == stated % 65521
         size = _parse_number(header[124:136])
     except (ValueError, IndexError):
         valid = False
     if not valid:
-        raise ValueError(f"{path}: got no tar header at byte {place}, expected an uncompressed tar; write it again")
+        raise _broken(path, place, is_cut=len(header) < BLOCK)
     name = _text(header[:100])
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return header[156:157], f"{prefix}/{name}" if prefix else name, size
+    if header[345] and header[257:263] == b"ustar\0":
+        name = f"{_text(header[345:500])}/{name}"
+    return header[156:157], name, size
+
+
+def _broken(path: Path, place: int, *, is_cut: bool = False) -> BrokenTarError:
+    message = f"{path}: got no tar header at byte {place}, expected an uncompressed tar; write it again"
+    kind = "not_a_tar" if place == 0 else "truncated_tar" if is_cut else "broken_tar"
+    return BrokenTarError(message, kind=kind)
 
 
 def _parse_number(digits: bytes) -> int:
@@ -161,15 +233,22 @@ def _parse_number(digits: bytes) -> int:
 
 
 def _parse_extension(kind: bytes, content: bytes) -> dict[str, str]:
-    """Return the path and size that a GNU long name (L) or a pax header (x) gives to the next member."""
+    """Return the path and size that a GNU long name (L) or a pax header (x) gives to the next member.
+
+    Raises ValueError for a pax record whose length or size is no number of bytes.
+    """
     if kind == b"L":
         return {"path": _text(content)}
     found = {}
     while content:
         length, _, _ = content.partition(b" ")
+        if not 0 < int(length) <= len(content):
+            raise ValueError(f"got a record of {int(length)} bytes, expected 1 to {len(content)}")
         record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
         keyword, _, value = record.partition(b"=")
         found[_text(keyword)] = _text(value)
+    if "size" in found:
+        found["size"] = str(int(found["size"]))
     return {keyword: found[keyword] for keyword in ("path", "size") if keyword in found}
 
 
@@ -256,6 +335,12 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
+def check_size(suffix: str, size: int) -> None:
+    """Raise ValueError for a member that is too large to be read."""
+    if size > MAX_BYTES[suffix]:
+        raise ValueError(f"got {size} bytes, expected at most {MAX_BYTES[suffix]} in a .{suffix}")
+
+
 def decode(index: ShardIndex, sample: int, reader: ShardReader, *, suffixes: Iterable[str]) -> dict[str, Any]:
     """Read and decode the members of a sample that have one of the suffixes, by suffix.
 
@@ -266,6 +351,7 @@ def decode(index: ShardIndex, sample: int, reader: ShardReader, *, suffixes: Ite
         if suffix not in members:
             continue
         try:
+            check_size(suffix, members[suffix][1])
             decoded[suffix] = DECODERS[suffix](reader.read(index.path, *members[suffix]))
         except Exception as error:  # the data's edge: whatever a decoder raises, the user needs shard and key
             where = f"{index.path}: {index.keys[sample]}.{suffix}"

@@ -11,12 +11,20 @@ from torch import Tensor
 def resize_and_crop(image: Image.Image, resolution: int) -> np.ndarray:
     """Scale an RGB image's short side to `resolution`, antialiased, and cut out the centre: uint8 (H, W, 3), H = W."""
     if image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
+        width, height, left, top = crop_box(image.size, resolution)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + resolution, top + resolution))
     return np.array(image)
+
+
+def crop_box(size: tuple[int, int], resolution: int) -> tuple[int, int, int, int]:
+    """Say what becomes of an image of (width, height) pixels: its scaled width and height, and what is cut off.
+
+    Returns (width, height, left, top) in pixels of the scaled image; (left, top) is SDXL's crop condition.
+    """
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    return width, height, (width - resolution) // 2, (height - resolution) // 2
 
 
 def is_flipped(*, seed: int, epoch: int, index: int) -> bool:

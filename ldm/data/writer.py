@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from webdataset.writer import TarWriter
 
 MANIFEST = "manifest.json"
 # Marks a folder whose shards are being written, so that a killed run may be written over.
@@ -185,6 +184,8 @@ def _claim(folder: Path) -> None:
 
 
 def _write_shard(folder: Path, shard: int, samples: list[_Sample]) -> dict[str, Any]:
+    from webdataset.writer import TarWriter  # which imports torch; reading a manifest need not wait for it
+
     stream = io.BytesIO()
     with TarWriter(stream, encoder=False, mtime=0, user="", group="", compress=False) as tar:
         for i, sample in enumerate(samples):

@@ -90,3 +90,12 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, content: bytes | None
         (tmp_path / "in" / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         write_folder(tmp_path / "out", images=tmp_path / "in", **options)
+
+
+def test_a_picture_remembers_its_crop_as_sdxl_is_told_of_it(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png", size=(40, 16), caption="an ant")
+    write_folder(tmp_path / "out", images=tmp_path / "in", resolution=8)
+    columns = ["original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width"]
+    data = ShardDataModule(tmp_path / "out" / "train", batch_size=1, resolution=8, columns=columns)
+    (batch,) = data.iterate_once("train", 1)
+    assert [batch[name].item() for name in columns] == [16, 40, 0, 6, 8, 8]
