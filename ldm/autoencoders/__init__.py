@@ -8,7 +8,7 @@ from ldm.autoencoders.identity import IdentityAutoencoder
 from ldm.autoencoders.kl import KLAutoencoder
 from ldm.autoencoders.precision import decode_safely
 from ldm.autoencoders.quantizer import Quantized, VectorQuantizer
-from ldm.autoencoders.tiling import decode_sliced, decode_tiled, encode_tiled
+from ldm.autoencoders.tiling import decode_tiled, encode_tiled
 from ldm.autoencoders.vq import VQAutoencoder
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "VQAutoencoder",
     "VectorQuantizer",
     "decode_safely",
-    "decode_sliced",
     "decode_tiled",
     "encode_tiled",
 ]

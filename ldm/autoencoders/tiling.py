@@ -46,12 +46,6 @@ def encode_tiled(autoencoder: Autoencoder, images: Tensor, *, tile: int, overlap
     return _tiled(autoencoder.encode, images, tile=tile, overlap=overlap, zoom=(1, autoencoder.downsampling_factor))
 
 
-@torch.no_grad()
-def decode_sliced(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents (B, C, h, w) one picture at a time: activations of one, whatever B."""
-    return torch.cat([autoencoder.decode(one) for one in latents.split(1)])
-
-
 def _tiled(
     convert: Callable[[Tensor], Tensor], source: Tensor, *, tile: int, overlap: int, zoom: tuple[int, int]
 ) -> Tensor:

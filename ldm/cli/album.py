@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from ldm.samplers import State
 
 
+PREVIEWS, TRAJECTORIES = "previews", "trajectories"
+
+
 class Album:
     """A folder with NNNNN_<prompt>_<seed>.png for each order, grid.png and samples.json.
+
+    A picture on the way to another seed has both in its name: <seed>-<other seed>.
 
     Args:
         record: the settings that all pictures share.
@@ -71,6 +76,9 @@ class Album:
         say(f"  all in one  {shown((self.folder / 'grid.png').absolute())}")
         if self.task.frames_per_second is not None:
             say(f"  animation   {shown(self._animate(self.task.frames_per_second).absolute())}")
+        for name in (PREVIEWS, TRAJECTORIES):
+            if (self.folder / name).is_dir():
+                say(f"  {name:<12}{shown((self.folder / name).absolute())}")
         say(f"  settings    {shown((self.folder / 'samples.json').absolute())}")
 
     def _keep_pictures(self, step: Step, pipeline: Pipeline) -> None:
@@ -101,7 +109,7 @@ class Album:
 
         if not self._states:
             return
-        folder = self.folder / "trajectories"
+        folder = self.folder / TRAJECTORIES
         folder.mkdir(exist_ok=True)
         for row, number in enumerate(range(step.part.start, step.part.stop)):
             steps = [pipeline.believed(state, row=row) for state in self._states[1:]]
@@ -112,7 +120,7 @@ class Album:
         from ldm.generation import to_pil
 
         assert step.state.prediction is not None
-        folder = self.folder / "previews"
+        folder = self.folder / PREVIEWS
         folder.mkdir(parents=True, exist_ok=True)
         previews = to_pil(pipeline.decode(step.state.prediction.x_0))
         for number, preview in zip(range(step.part.start, step.part.stop), previews, strict=True):
@@ -128,7 +136,8 @@ class Album:
 
     def _stem(self, number: int) -> str:
         order = self.orders[number]
-        return f"{number:05d}_{slug(order.prompt)}_{order.seed}"
+        seeds = f"{order.seed}" if order.other_seed is None else f"{order.seed}-{order.other_seed}"
+        return f"{number:05d}_{slug(order.prompt)}_{seeds}"
 
 
 def to_cpu(state: State) -> State:
@@ -161,7 +170,18 @@ def parameters(entry: dict[str, Any], picture: Image) -> str:
         "Sampler": entry["sampler"],
         "CFG scale": entry["guidance"].get("scale"),
         "Seed": entry["seed"],
+        **_way(entry),
         "Size": f"{picture.width}x{picture.height}",
         "Model": entry["checkpoint"],
     }
     return f"{entry['prompt']}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in values.items())
+
+
+def _way(entry: dict[str, Any]) -> dict[str, Any]:
+    """How far a picture is on the way to another seed and prompt, where it is on one."""
+    if "amount" not in entry:
+        return {}
+    # In JSON's quotes, as a prompt may hold the commas that part the settings.
+    prompt = {"Variation prompt": json.dumps(entry["other_prompt"])} if "other_prompt" in entry else {}
+    seed = {"Variation seed": entry["other_seed"]} if "other_seed" in entry else {}
+    return {**prompt, **seed, "Variation strength": entry["amount"]}

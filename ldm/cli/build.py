@@ -24,16 +24,19 @@ def build(node: DictConfig, *arguments: Any) -> Any:
 def build_later(node: DictConfig) -> Callable[..., Any]:
     """Binds a node's settings to its `_target_`; what is returned takes the objects that no config can hold.
 
+    Each call builds the node's own objects anew, so that nothing is shared by what two calls return.
+
     Raises:
         UserError: a setting is wrong, now or when called.
     """
     with user_mistakes():
-        bound = instantiate(node, _partial_=True, _convert_="all")
+        bound = [instantiate(node, _partial_=True, _convert_="all")]
 
     def call(**objects: Any) -> Any:
         with user_mistakes():
+            ready = bound.pop() if bound else instantiate(node, _partial_=True, _convert_="all")
             try:
-                return bound(**objects)
+                return ready(**objects)
             except TypeError as error:
                 raise UserError(call_mistake(error, node["_target_"])) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.compose import compose_command, group_options
+from ldm.cli.compose import compose_command, group_options, nested_options
 from ldm.cli.console import heading, rank, say
 from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.provenance import redact_override
@@ -55,7 +55,7 @@ def run_chain(command: str, config: DictConfig, overrides: Sequence[str]) -> Run
     links = [*plan(config), Link(command, tuple(overrides), config)]
     for number, link in enumerate(links, 1):
         folder = _run_link(link, f"[{number}/{len(links)}] " if len(links) > 1 else "", is_last=link is links[-1])
-        _folders[folder.path.parent.name] = folder.path
+        remember(folder)
     return folder
 
 
@@ -64,6 +64,11 @@ def plan(config: DictConfig) -> list[Link]:
     found: dict[str, Link] = {}
     _collect(config, config, found, under=())
     return list(found.values())
+
+
+def remember(folder: RunFolder) -> None:
+    """Lets `${result:NAME}` mean this folder from here on."""
+    _folders[folder.path.parent.name] = folder.path
 
 
 def register_resolver() -> None:
@@ -152,9 +157,15 @@ def _result(name: str, *, _root_: DictConfig) -> str:
 
 def _command_for(name: str) -> str:
     """The command that most likely makes the result of this name."""
-    return f"ldm shard dataset={name}" if name in group_options("dataset") else f"ldm train experiment={name}"
+    if name in group_options("dataset"):
+        return f"ldm shard dataset={name}"
+    # Experiments in folders are named with an underscore.
+    experiments = {option.replace("/", "_"): option for option in nested_options("experiment")}
+    return f"ldm train experiment={experiments.get(name, name)}"
 
 
-def shown(path: Path) -> str:
-    """The path as seen from here, where that is shorter."""
+def shown(path: Path | str) -> str:
+    """The path as seen from here, where that is shorter; the address of a remote store as it is."""
+    if isinstance(path, str):
+        return path
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

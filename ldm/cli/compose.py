@@ -30,6 +30,11 @@ def conf_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "conf"
 
 
+def config_name(command: str) -> str:
+    """The primary config of a command: conf/data_index.yaml of `ldm data index`."""
+    return command.replace(" ", "_")
+
+
 def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
     """Composes `ldm <command> <overrides>` inside the running Hydra.
 
@@ -37,7 +42,7 @@ def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
         UserError: an override is wrong.
     """
     try:
-        config = compose(command, overrides=list(overrides), return_hydra_config=True)
+        config = compose(config_name(command), overrides=list(overrides), return_hydra_config=True)
     except HydraException as error:
         raise UserError(explain(error, command, overrides)) from error
     choices = config.hydra.runtime.choices
@@ -74,7 +79,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         if isinstance(error, ValueError) and item.endswith("=null") and _is_group(item.removesuffix("=null")):
             return f"{item}: a group cannot be set to null; leave it out with ~{item.removesuffix('=null')}"
     if isinstance(error, MissingConfigException):
-        return _explain_missing_option(error)
+        return _explain_missing_option(error, overrides)
     if unknown := re.search(r"Could not (?:override|delete from config\.|delete) '([^'=@]+)", text):
         return _explain_unknown_key(unknown[1], command, overrides)
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'\n", text):
@@ -120,6 +125,12 @@ def group_options(group: str) -> list[str]:
     return list(_loader().get_group_options(group, ObjectType.CONFIG))
 
 
+def nested_options(group: str) -> list[str]:
+    """Those of a group and of the groups in it, as paths below it."""
+    inner = [sub for sub in _loader().get_group_options(group, ObjectType.GROUP) if sub not in group_options(group)]
+    return group_options(group) + [f"{sub}/{option}" for sub in inner for option in nested_options(f"{group}/{sub}")]
+
+
 def _loader() -> ConfigLoader:
     return GlobalHydra.instance().config_loader()
 
@@ -135,17 +146,20 @@ def _without_values(command: str, overrides: Sequence[str]) -> dict[Any, Any]:
     for attempt in (kept, []):
         # A hint is worth having, never worth a second error.
         with suppress(HydraException):
-            container = OmegaConf.to_container(compose(command, overrides=attempt))
+            container = OmegaConf.to_container(compose(config_name(command), overrides=attempt))
             assert isinstance(container, dict)
             return container
     return {}
 
 
-def _explain_missing_option(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    if not group or not error.options:
+def _explain_missing_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    path = error.missing_cfg_file or ""
+    # experiment=finetune/lora is an option of experiment, as it was written, not one of experiment/finetune.
+    written = next((item for item in overrides if item.lstrip("+").replace("=", "/", 1) == path), None)
+    group, _, option = written.lstrip("+").partition("=") if written else path.rpartition("/")
+    options = sorted({*(error.options or ()), *nested_options(group)}) if group else []
+    if not options:
         return one_line(error).partition(" Search path:")[0]
-    options = list(error.options)
     file = re.search(r"In '([^']+/[^']+)'", str(error))
     place = f" (asked for in {file[1]}.yaml)" if file else ""
     hint = did_you_mean(option, options) or "."
@@ -205,12 +219,13 @@ def _expected(default: Any, value: Any) -> str | None:
         return None
     if isinstance(default, bool) and not isinstance(value, bool):
         return "true or false"
-    if isinstance(default, int | float) and not isinstance(default, bool) and not _is_number(value):
+    if isinstance(default, int | float) and not isinstance(default, bool) and not is_number(value):
         return "a number"
     if isinstance(default, list) and not isinstance(value, list):
         return "a list"
     return None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether this is an integer or a float; true and false are neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)

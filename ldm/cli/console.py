@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-# Exit codes.
-USER_ERROR, INTERRUPTED = 2, 130
+# Exit codes: a user's mistake, diverged, storage failed, Ctrl-C, stopped by another signal.
+USER_ERROR, DIVERGED, STORAGE, INTERRUPTED, PREEMPTED = 2, 3, 4, 130, 143
 
 _OUT = Console(highlight=False, soft_wrap=True)
 _ERR = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -36,3 +37,9 @@ def heading(line: str) -> None:
 def complain(line: str) -> None:
     """Prints a one-line error on standard error."""
     _ERR.print(Text.assemble(("error: ", "bold red"), line))
+
+
+def show(table: Table) -> None:
+    """Prints a table on standard output, from rank 0 alone; at its full width where no terminal limits it."""
+    if rank() == 0:
+        _OUT.print(table, width=None if _OUT.is_terminal else 240)

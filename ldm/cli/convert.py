@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from ldm.cli.chain import shown
 from ldm.cli.console import heading, say
 from ldm.cli.errors import UserError, closest, user_mistakes
+from ldm.cli.sampling import read_loras
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ldm.interop import PretrainedModel
 
 FORMATS = ("compvis", "diffusers", "ldm")
+# Files that may hold code, which ldm reads with care and never writes.
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -34,6 +37,8 @@ def convert(config: DictConfig, overrides: Sequence[str]) -> None:
         raise UserError(f"out: got {out}, which exists already, expected a new path; name another, or remove it")
     with user_mistakes():
         model = read(source, config)
+        refuse_new_words(model)
+        merge_loras(model, read_loras(config.lora))
         say_what(model, source)
         notes = write(model, out, layout=layout, dtype=_torch_dtype(name))
     for note in notes:
@@ -57,7 +62,32 @@ def read(source: Path, config: DictConfig) -> PretrainedModel:
     if told or not config.ema:
         name = next(iter(told), "ema")
         raise UserError(f"{name}: got {config[name]} for {source}, which ldm trained and which says it itself")
-    return pretrained_of(load_own(source))
+    return pretrained_of(load_own(source, trust=list(config.trust)))
+
+
+def refuse_new_words(model: PretrainedModel) -> None:
+    """Raises ValueError for a model that was taught words: no format of whole models holds them."""
+    from ldm.interop.lora_layers import text_encoders
+
+    words = {word for _, encoder in text_encoders(model.conditioner) for word in encoder.tokenizer.added}
+    if words:
+        raise ValueError(
+            f"got a model that was taught {', '.join(sorted(words))}, expected one with CLIP's own words; convert the "
+            "model that it was trained from, and use the run's embedding file beside it"
+        )
+
+
+def merge_loras(model: PretrainedModel, loras: Sequence[tuple[str, float]]) -> None:
+    """Adds LoRAs to the weights for good, and those that the model was trained with.
+
+    Raises:
+        ValueError: a file is no LoRA of this model.
+    """
+    from ldm.interop.lora import apply_lora, bake
+
+    for file, scale in loras:
+        apply_lora(model.denoiser, model.conditioner, file, scale=scale)
+    bake(model.denoiser, model.conditioner)
 
 
 def say_what(model: PretrainedModel, source: Path) -> None:
@@ -89,13 +119,22 @@ def write(model: PretrainedModel, out: Path, *, layout: str, dtype: torch.dtype 
 
     if layout == "compvis":
         _, config = write_compvis(model, out, dtype=dtype)
-        return [f"its config is {config.name}, beside it"]
+        return [f"its config is {config.name}, beside it", *_untold_notes(model)]
     if layout == "diffusers":
         return write_diffusers(model, out, dtype=dtype)
     if layout == "ldm":
         write_ldm(model, out, dtype=dtype)
         return []
     raise ValueError(f"got format={layout}, expected one of {', '.join(FORMATS)}")
+
+
+def _untold_notes(model: PretrainedModel) -> list[str]:
+    """What of text encoders a CompVis file keeps for ldm alone."""
+    from ldm.interop.conditioning import untold_settings
+
+    told = [{**settings.pop("config", {}), **settings} for settings in untold_settings(model.conditioner)]
+    words = [f"{name} {value}" for settings in told for name, value in settings.items()]
+    return [f"only ldm reads {', '.join(words)} of the text encoder: other programs compute it otherwise"] * bool(words)
 
 
 def _path(config: DictConfig, name: str) -> Path:
@@ -105,13 +144,20 @@ def _path(config: DictConfig, name: str) -> Path:
 
 
 def _format(config: DictConfig, out: Path) -> str:
-    """The format asked for; else a file is CompVis's and a folder diffusers'."""
+    """The format asked for; else a file is CompVis's and a folder diffusers'.
+
+    Raises:
+        UserError: there is no such format, or `out` is named like a file of another.
+    """
     chosen = config.format or ("compvis" if out.suffix == ".safetensors" else "diffusers")
     if chosen not in FORMATS:
         near = closest(str(chosen), list(FORMATS))
         raise UserError(
             f"format: got {chosen}, expected one of {', '.join(FORMATS)}{f'; did you mean {near}?' if near else ''}"
         )
+    if out.suffix in PICKLES or (chosen == "diffusers" and out.suffix == ".safetensors"):
+        name = "a folder's" if config.format == "diffusers" else "NAME.safetensors, or a folder's for diffusers"
+        raise UserError(f"out: got {out}, a file's name that format={chosen} does not write, expected {name}")
     return str(chosen)
 
 

@@ -33,8 +33,8 @@ def produce(folder: RunFolder) -> dict[str, Any]:
             raise UserError(f"{part}: {config.name} sets none, so there is nothing to encode; choose {part}=...")
     from ldm.generation.encode import encode_dataset
 
-    autoencoder, data = build(config.autoencoder).to(usable_device(config.device)), build(config.data)
     with user_mistakes():
+        autoencoder, data = build(config.autoencoder).to(usable_device(config.device)), build(config.data)
         summary = encode_dataset(
             autoencoder, data, folder.path, batch_size=config.batch_size, samples_per_shard=config.samples_per_shard
         )

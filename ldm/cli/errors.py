@@ -14,11 +14,28 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 # Packages that an extra installs, by the name they are imported under.
-EXTRAS = {"torch_fidelity": "metrics", "wandb": "wandb"}
+EXTRAS = {"torch_fidelity": "metrics", "wandb": "wandb", "optuna": "sweep", "submitit": "slurm"}
 
 
 class UserError(Exception):
     """A mistake of the user's, said in one line: got, expected, remedy."""
+
+
+class RunFailed(Exception):
+    """A run could not go on, and whose fault it is shows in the exit code; said in one line.
+
+    Args:
+        line: what happened, and what to do.
+        code: the exit code.
+    """
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal other than Ctrl-C's stopped the run; as with Ctrl-C, a chain or a sweep ends with it."""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.run_folder import run_folder_of
 from ldm.cli.sampling import chosen_settings, find_checkpoint, open_pipeline
 from ldm.cli.train import table
+from ldm.cli.trust import check_targets
 
 
 def evaluate(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ def evaluate(config: DictConfig, overrides: Sequence[str]) -> None:
     evaluation = find_evaluation(config, folder)
     out = Path(config.out) if config.out else (folder or Path()) / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}"
     say(f"model: {shown(checkpoint.absolute())}", style="dim")
-    pipeline = open_pipeline(checkpoint, config.device)
+    pipeline = open_pipeline(checkpoint, config.device, trust=list(config.trust))
     figures = build(evaluation)(pipeline, out, **chosen_settings(config, pipeline))
     heading(f"evaluated; figures in {shown(out.absolute())}")
     for line in table(figures):
@@ -43,6 +44,9 @@ def find_evaluation(config: DictConfig, folder: Path | None) -> DictConfig:
     """
     with user_mistakes():
         own = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "evaluation") if folder else None
+    if own is not None:
+        with user_mistakes():
+            check_targets(OmegaConf.to_container(own), trust=list(config.trust))
     chosen = config.evaluation
     if chosen and "_target_" not in chosen and own:
         # ++evaluation.prompts.num_samples=100 changes one thing of the run's own.

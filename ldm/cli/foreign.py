@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,8 @@ def pipeline_of(model: PretrainedModel, *, dtype: torch.dtype | None = torch.flo
     Args:
         dtype: of the weights; None leaves them as the file has them.
     """
+    if model.origin.is_overruled:
+        warnings.warn(f"the model predicts {model.family.prediction}, says {model.origin.prediction}", stacklevel=2)
     for part in (model.denoiser, model.conditioner, model.autoencoder):
         part.eval().to(dtype=dtype) if dtype else part.eval()
     return Pipeline(

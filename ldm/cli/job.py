@@ -21,16 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.cli.compose import checked, conf_folder, explain_after_shutdown, group_options
-from ldm.cli.console import INTERRUPTED, USER_ERROR, complain, heading, rank
-from ldm.cli.errors import UserError
+from ldm.cli.compose import checked, conf_folder, config_name, explain_after_shutdown, group_options
+from ldm.cli.console import INTERRUPTED, PREEMPTED, USER_ERROR, complain, heading, rank
+from ldm.cli.errors import Interrupted, RunFailed, UserError
 from ldm.cli.provenance import redact_override
 
 # A prompt may hold any sign; these are quoted for Hydra's grammar, which gives commas and brackets a meaning.
 TEXT_KEYS = (
     *("prompt", "negative_prompt", "prompt_file", "to", "image", "mask", "depth", "out", "checkpoint"),
-    *("source", "config", "base"),
+    *("source", "config", "base", "run", "shards", "launcher"),
 )
+# The last part of keys that hold a condition, which is text too: filter.where, filters.mine.where.
+CONDITION = "where"
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -40,23 +42,26 @@ def run(command: str, arguments: list[str]) -> int:
     job = _Job(command)
     try:
         with _arguments(arguments if options.multirun else [quote(item) for item in arguments]):
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)(job)()
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name(command))(job)()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if job.started or _wants_traceback():
             raise
         complain(explain_after_shutdown(error, command, overrides, config_dir=options.config_dir))
         return USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # Lightning kills everything when a process that it started itself ends with another code than 0.
-        return 0 if rank() else INTERRUPTED
-    return USER_ERROR if job.failed else 0
+        return 0 if rank() else PREEMPTED if isinstance(interrupt, Interrupted) else INTERRUPTED
+    return job.code
 
 
 def quote(argument: str) -> str:
     """Quotes the value of a free-text override, unless it is quoted or null already."""
     key, equals, value = argument.partition("=")
-    if key not in TEXT_KEYS or not equals or value in ("", "null") or value[0] in "'\"":
+    is_condition = key.rpartition(".")[2] == CONDITION
+    if not (key in TEXT_KEYS or is_condition) or not equals or value in ("", "null") or value[0] in "'\"":
         return argument
+    if value[0] == "[" and (is_condition or key == "shards"):
+        return argument  # a list, in Hydra's own writing
     # In Hydra's grammar backslashes count only before a quote, where they double.
     escaped = re.sub(r"\\+(?='|$)", lambda match: 2 * match[0], value).replace("'", r"\'")
     return f"{key}='{escaped}'"
@@ -68,11 +73,11 @@ class _Job:
     def __init__(self, command: str) -> None:
         self.command = command
         self.started = False
-        self.failed = False
+        self.code = 0
         self._typed = list(sys.argv)
 
     def __call__(self, config: DictConfig) -> None:
-        """Runs the command; a user's mistake is said and remembered, so that a sweep goes on."""
+        """Runs the command; a user's mistake, or a run that failed, is said and remembered, so that a sweep goes on."""
         # Lightning starts the other ranks with sys.argv, which therefore is what the user typed again.
         sys.argv = self._typed
         self.started = True
@@ -83,12 +88,19 @@ class _Job:
             heading(f"job {settings.job.num}: {shlex.join([self.command, *map(redact_override, overrides)])}")
         try:
             config = checked(self.command, config, overrides, choices=settings.runtime.choices)
-            getattr(import_module(f"ldm.cli.{self.command}"), self.command)(config, overrides)
+            module, _, name = self.command.partition(" ")
+            getattr(import_module(f"ldm.cli.{module}"), name or module)(config, overrides)
         except UserError as error:
             if _wants_traceback():
                 raise
             complain(str(error))
-            self.failed = True
+            self.code = USER_ERROR
+        except RunFailed as error:
+            if _wants_traceback():
+                raise
+            if rank() == 0:
+                complain(str(error))
+                self.code = error.code
 
 
 def _split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from ldm import __version__
 from ldm.cli.console import USER_ERROR, complain
 
 COMMANDS = {
     "train": "train an experiment, after whatever it requires",
+    "sweep": "try many settings of one experiment, and keep the best",
     "sample": "make pictures from prompts, and from pictures",
     "evaluate": "measure a trained model",
+    "ema": "make a moving average of any length from snapshots of a run",
     "shard": "write a dataset as WebDataset shards",
     "convert": "turn a model of one project's format into another's",
     "encode": "turn image shards into latent shards, once and for all",
+    "data index": "note where everything in each shard lies, and what it holds",
+    "data validate": "find every fault of every shard, by shard and key",
+    "data filter": "choose samples by conditions on their metadata",
+    "data report": "show on one page what shards hold",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Runs one command and returns its exit code.
+
+    0 done, 1 `ldm data` found faults, 2 a user's mistake, 3 training diverged, 4 storage failed, 130 interrupted by
+    Ctrl-C, 143 by another signal.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -28,15 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"ldm {__version__}")
         return 0
-    command, *rest = arguments
+    command, rest = split_command(arguments)
     if command not in COMMANDS:
+        parts = [name for name in COMMANDS if name.startswith(f"{command} ")]
+        if parts and rest[:1] in (["-h"], ["--help"]):
+            print(usage())
+            return 0
         matches = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {matches[0]}?" if matches else ";"
-        complain(f"{command}: there is no such command{hint} Commands: {', '.join(COMMANDS)}")
+        complain(f"{command}: there is no such command{hint} Commands: {', '.join(parts or COMMANDS)}")
         return USER_ERROR
     from ldm.cli.job import run
 
+    warnings.formatwarning = one_line
     return run(command, rest)
+
+
+def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as its reader needs it, without the line of code that gave it."""
+    return f"warning: {message}\n"
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, of two words where its first word alone is none (`ldm data index`), and the rest."""
+    first, *rest = arguments
+    if rest and any(name.startswith(f"{first} ") for name in COMMANDS) and rest[0][:1].isalpha() and "=" not in rest[0]:
+        return f"{first} {rest[0]}", rest[1:]
+    return first, rest
 
 
 def usage() -> str:

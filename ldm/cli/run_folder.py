@@ -9,9 +9,8 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +36,7 @@ WITHOUT_EFFECT = (
     "device",
     "logger",
     "callback.progress",
+    "callback.preemption",
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
     "trainer.default_root_dir",
@@ -106,13 +106,15 @@ class RunFolder:
             return
         fresh = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path):
+        with locked(self.path):
             self._record(command_line)
             try:
                 yield
             except UserError:
                 if fresh and not self.checkpoints.exists():
                     shutil.rmtree(self.path)
+                    with suppress(OSError):  # other runs of this name are there
+                        self.path.parent.rmdir()
                 raise
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -121,18 +123,21 @@ class RunFolder:
             head = {"command": self.command, "name": self.path.parent.name, "run_id": self.path.name}
             write_json(self.path / "result.json", {**head, **result})
 
-    def checkpoint_to_resume(self) -> Path | None:
-        """The newest checkpoint that is whole, or what `resume` names, or None for a fresh start."""
-        for path in sorted(self.checkpoints.glob("*.ckpt"), key=_age, reverse=True):
-            if is_whole(path):
-                return path
-            say(f"{path.name} is damaged; going back to an older checkpoint", style="yellow")
+    def checkpoint_to_resume(self) -> Path | str | None:
+        """The newest valid checkpoint, or what `resume` names, or None for a fresh start; sets damaged ones aside."""
+        # Torch takes seconds to import, and most of what a run folder does needs none of it.
+        from ldm.training.checkpoint_folders import newest_valid, sweep
+
+        place = OmegaConf.select(self.config, "callback.checkpoint.folder") or self.checkpoints
+        if rank() == 0:
+            sweep(place)
+        newest = newest_valid(place, on_damaged=_set_aside)
         asked = self.config.get("resume")
-        return newest_checkpoint(Path(asked)) if asked not in (None, "auto", "never") else None
+        if newest is not None or asked in (None, "auto", "never"):
+            return newest
+        return newest_checkpoint(asked if "://" in str(asked) else Path(asked))
 
     def _record(self, command_line: str) -> None:
-        for leftover in self.checkpoints.glob(".*.tmp"):
-            leftover.unlink()
         _replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain_config)))
         with (self.path / "command.txt").open("a") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {command_line}\n")
@@ -145,13 +150,15 @@ def digest(config: DictConfig) -> str:
     for key in probe.paths:
         probe.paths[key] = f"<{key}>"
     probe.run_id, probe.run_dir = "<run_id>", "<run_dir>"
+    if "checkpoint_io" in probe:
+        probe.checkpoint_io = "<checkpoint_io>"
     start = config.get("resume")
     OmegaConf.resolve(probe)
     container = redact(OmegaConf.to_container(probe))
     for key in WITHOUT_EFFECT:
         _drop(container, key)
     if start not in (None, "auto", "never"):
-        container["resume"] = str(Path(start).absolute())
+        container["resume"] = start if "://" in str(start) else str(Path(start).absolute())
     text = json.dumps(container, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -174,26 +181,32 @@ def run_folder_of(path: Path) -> Path | None:
     return next((folder for folder in (path, *path.parents) if (folder / "config.yaml").is_file()), None)
 
 
-def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the newest whole one of a run folder.
+def newest_checkpoint(path: Path | str) -> Path | str:
+    """The checkpoint itself, or the newest valid one of a run folder.
 
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    candidates = sorted(path.glob("checkpoints/*.ckpt"), key=_age, reverse=True) if path.is_dir() else [path]
-    for candidate in candidates:
-        if is_whole(candidate):
+    from ldm.training.checkpoint_files import Damaged, verify
+    from ldm.training.checkpoint_folders import child, find, is_checkpoint
+
+    reason = "there is no checkpoint"
+    for candidate in [path] if is_checkpoint(path) else find(child(path, "checkpoints")):
+        try:
+            verify(candidate)
+        except Damaged as damage:
+            reason = str(damage)
+        else:
             return candidate
-    raise ValueError(f"resume: got {path}, expected a whole checkpoint or a run folder with one")
+    raise ValueError(f"resume: got {path}, expected a whole checkpoint or a run folder with one; {reason}")
 
 
-def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint is there, by the checksums of its zip archive; unpickles nothing."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
+def _set_aside(place: Path | str, reason: str) -> None:
+    """Renames a damaged checkpoint on this machine, and says so."""
+    from ldm.training.checkpoint_files import quarantine
+
+    kept = f"; it is kept as {quarantine(place).name}" if rank() == 0 and isinstance(place, Path) else ""
+    say(f"{Path(place).name} is damaged; going back to an older checkpoint ({reason}{kept})", style="yellow")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -211,15 +224,9 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _age(path: Path) -> tuple[int, float]:
-    """Orders checkpoints by the step in their name, and by time where there is none."""
-    step = re.search(r"step=(\d+)", path.name)
-    return (int(step[1]) if step else -1, path.stat().st_mtime)
-
-
 def _check_resume(config: DictConfig) -> None:
     asked = config.get("resume")
-    if asked not in (None, "auto", "never") and not Path(str(asked)).exists():
+    if asked not in (None, "auto", "never") and "://" not in str(asked) and not Path(str(asked)).exists():
         raise ValueError(
             f"resume: got {asked}, which does not exist; expected auto, never, a checkpoint or a run folder"
         )
@@ -258,7 +265,7 @@ def _drop(container: dict[str, Any], key: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Holds `folder/.lock` until the end or this process's death; unlike flock, no forked worker keeps it alive."""
     with (folder / ".lock").open("a+") as file:
         try:

@@ -14,7 +14,15 @@ from ldm.cli.build import build, build_all
 from ldm.cli.chain import shown
 from ldm.cli.console import say
 from ldm.cli.errors import UserError, user_mistakes
-from ldm.cli.sampling import chosen_settings, find_checkpoint, in_precision, open_chosen, record
+from ldm.cli.sampling import (
+    check_guidance,
+    check_positive,
+    chosen_settings,
+    find_checkpoint,
+    in_precision,
+    open_chosen,
+    record,
+)
 
 if TYPE_CHECKING:
     from ldm.generation import Pipeline, Task
@@ -30,6 +38,7 @@ def sample(config: DictConfig, overrides: Sequence[str]) -> None:
     """
     check_numbers(config)
     check_given(config)
+    check_out(Path(config.out))
     prompts, seeds = read_prompts(config), read_seeds(config, overrides)
     checkpoint = find_model(config, prompts)
     task, retouches = build_task(config), build_all(config.postprocess)
@@ -54,10 +63,20 @@ def sample(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def check_numbers(config: DictConfig) -> None:
-    """Raises UserError for a number of pictures or steps below 1."""
-    for name in ("num_images", "batch_size", "preview_every"):
-        if config[name] is not None and (not isinstance(config[name], int) or config[name] < 1):
-            raise UserError(f"{name}: got {config[name]}, expected at least 1")
+    """Raises UserError for a number of pictures or steps, or a part of guidance, that is none."""
+    check_positive(config, "num_images", "batch_size", "preview_every", "steps")
+    check_guidance(config.guidance)
+    if not isinstance(config.seed, int):
+        raise UserError(f"seed: got {config.seed}, expected an integer")
+
+
+def check_out(folder: Path) -> None:
+    """Raises UserError for a folder that cannot be made, or that holds the pictures of an earlier call."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"out: got {folder}, but {place} is a file; expected a folder; name another")
+    if (folder / "samples.json").exists():
+        raise UserError(f"out: got {folder}, which holds pictures (samples.json); name another, or remove it")
 
 
 def check_given(config: DictConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import ldm
 from ldm.cli.build import build
+from ldm.cli.compose import is_number
 from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.run_folder import latest_finished
 
@@ -68,8 +69,8 @@ def open_pipeline(
     """
     from ldm.cli.load import load
 
-    place = usable_device(device)
     with user_mistakes():
+        place, path = usable_device(device), model_at(path)
         if memory is None:
             return load(path, device=place, **reading)
         # What is to be halved, or to wait in main memory, never is on the device as a whole.
@@ -79,14 +80,37 @@ def open_pipeline(
         return pipeline.placed(place, memory=memory, half=half)
 
 
+def model_at(path: Path) -> Path:
+    """The path itself, or the weights that a run folder holds.
+
+    Raises:
+        UserError: a folder without a model.
+    """
+    from ldm.cli.load import weights_of
+    from ldm.interop import is_foreign
+
+    if not path.is_dir() or is_foreign(path):
+        return path
+    try:
+        return weights_of(path)
+    except ValueError as error:
+        raise UserError(f"checkpoint: {error}") from error
+
+
 def open_chosen(path: Path, config: DictConfig) -> Pipeline:
     """`open_pipeline` as a command's settings say.
 
     Raises:
-        UserError: also for a precision that there is not, or a LoRA that is no path or [path, scale].
+        UserError: also for a precision that there is not, a LoRA that is no path or [path, scale], or an embedding
+            that is no path.
     """
     check_precision(config.precision)
-    given = {**told_of_model(config), "loras": read_loras(config.lora)}
+    given = {
+        **told_of_model(config),
+        "loras": read_loras(config.lora),
+        "embeddings": read_embeddings(config.embedding),
+        "trust": list(config.trust),
+    }
     return open_pipeline(path, config.device, memory=build(config.memory), half=str(config.precision) == HALF, **given)
 
 
@@ -96,26 +120,48 @@ def told_of_model(config: DictConfig) -> dict[str, str]:
 
 
 def read_loras(value: Any) -> list[tuple[str, float]]:
-    """(path, scale) of each LoRA; a path alone has scale 1.
+    """(path, scale) of each LoRA, of one or of a list of them; a path alone has scale 1.
 
     Raises:
         UserError: something else.
     """
-    items = [] if value is None else [value] if isinstance(value, str) else list(value)
-    loras = []
-    for item in items:
-        path, scale = (item, 1.0) if isinstance(item, str) else item if len(item) == 2 else (None, None)
-        if not isinstance(path, str) or not isinstance(scale, int | float):
-            raise UserError(f"lora: got {value}, expected a file, or a list of files or [file, scale]")
-        loras.append((path, float(scale)))
-    return loras
+    loras = [(item, 1.0) if isinstance(item, str) else item for item in _items(value, is_one=_is_scaled)]
+    if not all(map(_is_scaled, loras)):
+        raise UserError(f"lora: got {value}, expected a file, [file, scale], or a list of these")
+    return [(path, float(scale)) for path, scale in loras]
+
+
+def read_embeddings(value: Any) -> list[str]:
+    """The files of textual inversion.
+
+    Raises:
+        UserError: something else than a path or a list of them.
+    """
+    paths = _items(value)
+    if not all(isinstance(path, str) for path in paths):
+        raise UserError(f"embedding: got {value}, expected a file, or a list of files")
+    return paths
+
+
+def _items(value: Any, *, is_one: Callable[[Any], bool] = lambda value: False) -> list[Any]:
+    """The entries of a list, or a single value as the only one, or none for None; a list may be one entry."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if plain is None:
+        return []
+    return plain if isinstance(plain, list) and not is_one(plain) else [plain]
+
+
+def _is_scaled(item: Any) -> bool:
+    """Whether this is a path and a number."""
+    is_pair = isinstance(item, list | tuple) and len(item) == 2
+    return is_pair and isinstance(item[0], str) and is_number(item[1])
 
 
 def usable_device(device: str | None) -> str:
     """The device itself, or for None the GPU if there is one.
 
     Raises:
-        UserError: this machine, or its torch, has no such device.
+        ValueError: this machine, or its torch, has no such device.
     """
     import torch
 
@@ -124,18 +170,43 @@ def usable_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: got {device}, which torch cannot use here; expected cpu, cuda or cuda:1") from error
+        raise ValueError(f"device: got {device}, which torch cannot use here; expected cpu, cuda or cuda:1") from error
     return device
 
 
 def chosen_settings(config: DictConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """Settings of sampling that the command changes; the rest stays as the model was trained to be sampled."""
+    """Settings of sampling that the command changes; the rest stays as the model was trained to be sampled.
+
+    Raises:
+        UserError: steps or a part of guidance is no number.
+    """
+    check_positive(config, "steps")
+    check_guidance(config.guidance)
     size = config.get("image_size")
     chosen: dict[str, Any] = {"num_steps": config.steps, "image_size": list(size) if OmegaConf.is_list(size) else size}
     for part in ("sampler", "discretization"):
         chosen[part] = build(config[part]) if config.get(part) else None
     chosen["guidance"] = _guidance(config.guidance, pipeline)
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def check_positive(config: DictConfig, *names: str) -> None:
+    """Raises UserError for a setting that is there and no positive integer."""
+    for name in names:
+        value = config[name]
+        if value is not None and not (isinstance(value, int) and is_number(value) and value > 0):
+            raise UserError(f"{name}: got {value}, expected a positive integer")
+
+
+def check_guidance(node: DictConfig) -> None:
+    """Raises UserError for a scale or rescale that is no number, or an interval that is not two."""
+    for name in ("scale", "rescale"):
+        if node.get(name) is not None and not is_number(node[name]):
+            raise UserError(f"guidance.{name}: got {node[name]}, expected a number")
+    interval = node.get("interval")
+    is_pair = OmegaConf.is_list(interval) and len(interval) == 2 and all(map(is_number, interval))
+    if interval is not None and not is_pair:
+        raise UserError(f"guidance.interval: got {interval}, expected two noise levels: [lowest,highest]")
 
 
 @contextmanager
@@ -176,6 +247,7 @@ def record(config: DictConfig, settings: SamplingSettings, checkpoint: Path) -> 
         "checkpoint": str(checkpoint),
         **told_of_model(config),
         "lora": read_loras(config.lora),
+        "embedding": read_embeddings(config.embedding),
         "ldm": ldm.__version__,
     }
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 
 from ldm.cli.build import build, build_all, build_later
 from ldm.cli.chain import run_chain, shown
-from ldm.cli.console import heading, rank, say
-from ldm.cli.errors import UserError, mistake, user_mistakes
+from ldm.cli.console import DIVERGED, STORAGE, heading, rank, say
+from ldm.cli.errors import Interrupted, RunFailed, UserError, mistake, user_mistakes
 from ldm.cli.run_folder import RunFolder
 from ldm.cli.sampling import open_pipeline
 
@@ -31,7 +31,8 @@ def produce(folder: RunFolder) -> dict[str, Any]:
 
     Raises:
         UserError: something cannot be built.
-        KeyboardInterrupt: the user stopped the run; a checkpoint is saved.
+        KeyboardInterrupt: a signal stopped the run; a checkpoint is saved.
+        RunFailed: training diverged, or checkpoints cannot be written.
     """
     config = folder.config
     for part in ("model", "data"):
@@ -46,6 +47,7 @@ def produce(folder: RunFolder) -> dict[str, Any]:
     evaluation = build(config.evaluation) if config.evaluation and "_target_" in config.evaluation else None
     seed_everything(config.seed)
     model, data = build(config.model), build(config.data)
+    _say_data(data)
     _fit(folder, model, data)
     summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
     leave_group()
@@ -100,8 +102,21 @@ def _rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _say_data(data: Any) -> None:
+    """Says which shards are trained on, which may be those of the newest run that wrote some."""
+    from ldm.data import ShardDataModule
+
+    if not isinstance(data, ShardDataModule):
+        return
+    first, *others = dict.fromkeys(path.parent.absolute() for path in data.paths["train"])
+    with user_mistakes():
+        num_samples = len(data.dataset("train"))
+    more = f" and {len(others)} more folders" if others else ""
+    say(f"data: {shown(first)}{more}, {num_samples} samples", style="dim")
+
+
 def _fit(folder: RunFolder, model: Any, data: Any) -> None:
-    from ldm.training.fit import SetupError, fit
+    from ldm.training.fit import Diverged, Preempted, SetupError, StorageError, fit
 
     config = folder.config
     callbacks, loggers = build_all(config.callback), build_all(config.logger)
@@ -125,17 +140,24 @@ def _fit(folder: RunFolder, model: Any, data: Any) -> None:
         if line is None:
             raise cause from None
         raise UserError(line) from error
+    except Diverged as error:
+        raise RunFailed(str(error), DIVERGED) from error
+    except StorageError as error:
+        raise RunFailed(str(error), STORAGE) from error
+    except Preempted as stop:
+        _say_stopped(folder, reason=f" by {stop.number.name}" + (", and back in the queue" if stop.requeued else ""))
+        raise Interrupted from stop
     if not ended:
         _say_stopped(folder)
         raise KeyboardInterrupt
 
 
-def _say_stopped(folder: RunFolder) -> None:
+def _say_stopped(folder: RunFolder, *, reason: str = "") -> None:
     saved = folder.checkpoint_to_resume()
     program, *arguments = sys.argv
     command = ["python", program] if program.endswith(".py") else [Path(program).name]
     state = (
         f"saved {shown(saved)}; the same command goes on from there" if saved else "no checkpoint was saved; start anew"
     )
-    say(f"stopped; {state}:")
+    say(f"stopped{reason}; {state}:")
     say(f"  {shlex.join([*command, *arguments])}", style="bold")

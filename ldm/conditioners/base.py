@@ -12,7 +12,13 @@ from ldm.diffusion import Conditioning
 
 
 class Conditioner(nn.Module, ABC):
-    """From what a batch says of its samples to what the network is told."""
+    """From what a batch says of its samples to what the network is told.
+
+    Attributes:
+        columns: what a batch must hold besides captions, numbers (B,) each.
+    """
+
+    columns: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, batch: dict[str, Any]) -> Conditioning:
@@ -33,6 +39,10 @@ class Conditioner(nn.Module, ABC):
         """
         cond = self({"caption": list(prompts)})
         return cond, self({"caption": list(negatives)}) if any(negatives) else self.null(len(prompts))
+
+    def num_chunks(self, text: str) -> int:
+        """How many times as long as that of a short one a prompt's context is; other prompts may lengthen it."""
+        return 1
 
     def __call__(self, batch: dict[str, Any]) -> Conditioning:
         """`forward`, through the hooks of nn.Module."""

@@ -23,7 +23,7 @@ class ClassLabel(Conditioner):
     @keeps_arguments
     def __init__(self, num_classes: int, *, width: int, column: str = "class_label") -> None:
         super().__init__()
-        self.num_classes, self.column = num_classes, column
+        self.num_classes, self.column, self.columns = num_classes, column, (column,)
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:

@@ -26,6 +26,7 @@ class Combined(Conditioner):
         if not conditioners:
             raise ValueError("got no conditioners, expected at least one; Unconditional says nothing on purpose")
         self.conditioners = nn.ModuleList(conditioners)
+        self.columns = tuple(dict.fromkeys(column for part in conditioners for column in part.columns))
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:
         """Every part's condition of the batch, joined."""
@@ -41,6 +42,10 @@ class Combined(Conditioner):
         """Every part's pair, joined."""
         pairs = [part.prompt_pair(prompts, negatives, image_size=image_size) for part in self._parts()]
         return join([cond for cond, _ in pairs]), join([uncond for _, uncond in pairs])
+
+    def num_chunks(self, text: str) -> int:
+        """That of the part that reads the prompt in most chunks."""
+        return max(part.num_chunks(text) for part in self._parts())
 
     def _parts(self) -> list[Conditioner]:
         return list(self.conditioners)  # type: ignore[arg-type]

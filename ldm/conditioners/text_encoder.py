@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -90,6 +91,10 @@ class TextEncoder(Conditioner):
             uncond = uncond.select(empty, zeros)
         return cond, uncond
 
+    def num_chunks(self, text: str) -> int:
+        """In how many chunks a prompt is read: it is only split into tokens, not encoded."""
+        return min(len(self._split(text)), self.max_chunks)
+
     def add_tokens(self, names: Sequence[str], vectors: Tensor) -> list[int]:
         """Teaches the tokenizer n names, and the embedding their vectors: textual inversion (Gal et al. 2022).
 
@@ -122,12 +127,18 @@ class TextEncoder(Conditioner):
         """Frozen encoders stay in evaluation mode."""
         return super().train(mode and not self.is_frozen)
 
+    def _split(self, prompt: str) -> list[Chunk]:
+        return chunk_prompt(prompt, self.tokenizer.encode, size=self.tokenizer.length - 2)
+
     def _chunks(self, prompt: str) -> list[Chunk]:
-        chunks = chunk_prompt(prompt, self.tokenizer.encode, size=self.tokenizer.length - 2)
+        chunks = self._split(prompt)
         if len(chunks) > self.max_chunks:
             dropped = sum(len(chunk.ids) for chunk in chunks[self.max_chunks :])
+            # From one place whoever asks, so that Python's default filter shows it once a prompt.
             warnings.warn(
-                f"cut the last {dropped} tokens of a prompt; conditioner.max_chunks={self.max_chunks}", stacklevel=3
+                f"cut the last {dropped} tokens of the prompt {shorten(prompt, 40)!r}; "
+                f"conditioner.max_chunks={self.max_chunks}",
+                stacklevel=1,
             )
         return chunks[: self.max_chunks]
 

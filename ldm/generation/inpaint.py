@@ -111,7 +111,10 @@ def read_mask(source: Source, size: tuple[int, int]) -> Tensor:
         )
     mask = torch.from_numpy((grey >= 128).astype(np.float32))[None, None]
     if not mask.any():
-        raise ValueError("mask: got one without white, expected white where the picture is to be made anew")
+        raise ValueError(
+            f"mask: got one without white (its brightest level is {grey.max()}), expected white, which is 255, where "
+            "the picture is to be made anew"
+        )
     return mask
 
 

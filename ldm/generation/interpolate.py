@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from ldm.generation.task import Order
@@ -41,19 +42,24 @@ class Interpolate(TextToImage):
                 f"got {len(prompts)} prompts and {len(seeds)} seeds to go through, expected at least two of one, "
                 "and one or as many of the other; set seeds=[0,1] or to=PROMPT"
             )
+        # A context that grew on the way from one key picture to the next would make the animation jump.
+        all_prompts = tuple(dict.fromkeys(prompts)) if len(set(prompts)) > 1 else None
         prompts, seeds = prompts * (num_keys // len(prompts)), list(seeds) * (num_keys // len(seeds))
         keys = list(zip(prompts, seeds, strict=True))
         frames = [
-            _between(start, end, frame / self.num_frames, negative_prompt)
+            _between(start, end, frame / self.num_frames)
             for start, end in pairwise(keys)
             for frame in range(self.num_frames)
         ]
-        return [*frames, Order(*keys[-1], negative_prompt)]
+        return [
+            replace(frame, negative_prompt=negative_prompt, all_prompts=all_prompts)
+            for frame in (*frames, Order(*keys[-1]))
+        ]
 
 
-def _between(start: tuple[str, int], end: tuple[str, int], amount: float, negative_prompt: str) -> Order:
+def _between(start: tuple[str, int], end: tuple[str, int], amount: float) -> Order:
     if amount == 0 or start == end:
-        return Order(*start, negative_prompt)
+        return Order(*start)
     other_prompt = None if start[0] == end[0] else end[0]
     other_seed = None if start[1] == end[1] else end[1]
-    return Order(*start, negative_prompt, other_prompt, other_seed, amount)
+    return Order(*start, other_prompt=other_prompt, other_seed=other_seed, amount=amount)

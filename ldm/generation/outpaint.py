@@ -44,11 +44,11 @@ class Outpaint(Repaint):
         image_size: int | Sequence[int] | None = None,
     ) -> None:
         sides = (left, right, top, bottom)
-        if min(sides) < 0 or not any(sides):
-            raise ValueError(
-                f"got left={left}, right={right}, top={top}, bottom={bottom}, expected pixels to add at "
-                "one side at least"
-            )
+        given = f"left={left}, right={right}, top={top}, bottom={bottom}"
+        if min(sides) < 0:
+            raise ValueError(f"got a negative number in {given}, expected pixels to add; nothing is cut off here")
+        if not any(sides):
+            raise ValueError(f"got {given}, expected pixels to add at one side at least")
         old, size = read_image(image, image_size)
         feather = min(size) // 8 if feather is None else feather
         if not 0 <= feather <= min(size):

@@ -12,12 +12,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ldm.autoencoders import Autoencoder
-from ldm.conditioners import Conditioner
+from ldm.conditioners import Conditioner, Unconditional
 from ldm.diffusion import Conditioning, Denoiser, Guidance
 from ldm.generation.memory import Memory, halve, offload
 from ldm.generation.noise import BlendedNoise, SeededNoise
 from ldm.generation.postprocess import to_pil
-from ldm.generation.sizes import as_typed, two_sides
+from ldm.generation.sizes import check_multiples, two_sides
 from ldm.generation.task import Order, Start, Task
 from ldm.generation.text_to_image import TextToImage
 from ldm.samplers import Discretization, Sampler, State
@@ -131,6 +131,7 @@ class Pipeline:
         """One picture a prompt, from noise.
 
         Args:
+            prompts: a text alone is one prompt.
             seeds: one a prompt; the same prompt and seed give the same picture whatever is sampled with it.
             negative_prompt: what guidance leads away from; "" is the null condition.
             settings: fields of `SamplingSettings` that differ from the model's own.
@@ -148,6 +149,8 @@ class Pipeline:
         **settings: Any,
     ) -> Tensor:
         """As `sample`, but images (N, 3, H, W) in [-1, 1]."""
+        if isinstance(prompts, str):  # which is a sequence of its letters, too
+            prompts = [prompts]
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(
                 f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many seeds as prompts, at least one"
@@ -165,7 +168,12 @@ class Pipeline:
     def steps(
         self, orders: Sequence[Order], *, task: Task, settings: SamplingSettings, batch_size: int = 64
     ) -> Iterator[Step]:
-        """Every step of the sampling, batch after batch: what previews, progress and trajectories are made from."""
+        """Every step of the sampling, batch after batch: what previews, progress and trajectories are made from.
+
+        Raises:
+            ValueError: something is asked of guidance that can have no effect.
+        """
+        self.check_guidance(orders, settings.guidance)
         for part in self.batches(orders, batch_size):
             start = task.start(self, orders[part], settings)
             for number, state in enumerate(self.states(start, settings)):
@@ -176,15 +184,9 @@ class Pipeline:
 
         In one batch all contexts have one length, and a longer one would show in the pictures of shorter prompts.
         """
-        is_fixed = batch_size == 1 or all(getattr(part, "max_chunks", 1) == 1 for part in self.conditioner.modules())
-        lengths: dict[tuple[str | None, ...], int] = {}
-        for order in orders:
-            texts = (order.prompt, order.other_prompt, order.negative_prompt)
-            if texts not in lengths:
-                context = None if is_fixed else self.conditions([order], self.settings.size)[0].context
-                lengths[texts] = 0 if context is None else context.shape[1]
+        num_chunks = {text: self.conditioner.num_chunks(text) for text in {t for order in orders for t in order.texts}}
         first = 0
-        for _, run in groupby(orders, lambda o: lengths[o.prompt, o.other_prompt, o.negative_prompt]):
+        for _, run in groupby(orders, lambda order: max(num_chunks[text] for text in order.texts)):
             last = first + len(list(run))
             for start in range(first, last, batch_size):
                 yield slice(start, min(start + batch_size, last))
@@ -193,8 +195,10 @@ class Pipeline:
     @torch.no_grad()
     def states(self, start: Start, settings: SamplingSettings) -> Iterator[State]:
         """The trajectory of one batch, in latents (B, C, h, w)."""
-        denoise = settings.guidance(self.denoiser, start.cond, start.uncond)
-        return settings.sampler.trajectory(
+        # Between equal conditions there is nothing to guide, and one evaluation a step does.
+        guidance = Guidance() if equal(start.cond, start.uncond) else settings.guidance
+        denoise = guidance(self.denoiser, start.cond, start.uncond)
+        yield from settings.sampler.trajectory(
             denoise,
             self.denoiser.schedule,
             start.x,
@@ -230,6 +234,21 @@ class Pipeline:
                 "model's (task=image_to_image depth=...)"
             )
 
+    def check_guidance(self, orders: Sequence[Order], guidance: Guidance) -> None:
+        """Raises ValueError for a negative prompt or a scale that was chosen and can have no effect."""
+        negative = next((order.negative_prompt for order in orders if order.negative_prompt.strip()), None)
+        if isinstance(self.conditioner, Unconditional):
+            if guidance.scale != 1 and guidance is not self.settings.guidance:
+                raise ValueError(
+                    f"got guidance.scale={guidance.scale:g} for a model without conditions, which has nothing to guide "
+                    "to; expected none, or 1; leave it out"
+                )
+        elif guidance.scale == 1 and negative is not None:
+            raise ValueError(
+                f"got the negative prompt {negative!r} with guidance.scale=1, at which it has no effect; expected "
+                "another scale, or no negative prompt; set guidance.scale=7.5, or leave negative_prompt out"
+            )
+
     def times(self, settings: SamplingSettings) -> Tensor:
         """(num_steps + 1,) falling sampling times."""
         return settings.discretization(settings.num_steps, self.denoiser.schedule)
@@ -249,13 +268,17 @@ class Pipeline:
         prompts = [order.prompt for order in orders]
         others = [order.prompt if order.other_prompt is None else order.other_prompt for order in orders]
         negatives = [order.negative_prompt for order in orders]
+        beside = dict.fromkeys(text for order in orders for text in order.all_prompts or ())
+        texts = [*prompts, *(others if others != prompts else ()), *beside]
         with self.memory.at_work(self.conditioner, self.device):
-            if others == prompts:
-                return self.conditioner.prompt_pair(prompts, negatives, image_size=size)
-            # In one call, so that both ends of the way have as many tokens.
-            cond, uncond = self.conditioner.prompt_pair([*prompts, *others], [*negatives] * 2, image_size=size)
-        middle, amounts = len(orders), torch.tensor([order.amount for order in orders], device=self.device)
-        return blend(cond[:middle], cond[middle:], amounts), uncond[:middle]
+            # In one call, so that all have as many tokens.
+            filled = [*negatives, *[""] * (len(texts) - len(negatives))]
+            cond, uncond = self.conditioner.prompt_pair(texts, filled, image_size=size)
+        n = len(orders)
+        if others == prompts:
+            return cond[:n], uncond[:n]
+        amounts = torch.tensor([order.amount for order in orders], device=self.device)
+        return blend(cond[:n], cond[n : 2 * n], amounts), uncond[:n]
 
     @torch.no_grad()
     def encode(self, image: Tensor, noise: Tensor | None) -> Tensor:
@@ -278,13 +301,8 @@ class Pipeline:
         Raises:
             ValueError: a side that the autoencoder and the network do not divide.
         """
-        factor, unit = self.autoencoder.downsampling_factor, self.size_unit
-        if any(side < 1 or side % unit for side in size):
-            nearest = (max(unit, round(size[0] / unit) * unit), max(unit, round(size[1] / unit) * unit))
-            raise ValueError(
-                f"got a picture of {size[1]}x{size[0]} pixels, expected multiples of {unit}, which the autoencoder and "
-                f"the network divide by; set image_size={as_typed(nearest)}"
-            )
+        check_multiples(size, self.size_unit, what="a picture")
+        factor = self.autoencoder.downsampling_factor
         return (self.autoencoder.latent_channels, size[0] // factor, size[1] // factor)
 
     @property
@@ -292,6 +310,12 @@ class Pipeline:
         """What height and width in pixels must be multiples of."""
         levels: int = getattr(self.denoiser.network, "downsampling_factor", 1)
         return self.autoencoder.downsampling_factor * levels
+
+
+def equal(first: Conditioning, second: Conditioning) -> bool:
+    """Whether two conditions of the same samples say the same, as where both say nothing."""
+    parts, others = first.parts(), second.parts()
+    return parts.keys() == others.keys() and all(torch.equal(part, others[name]) for name, part in parts.items())
 
 
 def blend(start: Conditioning, end: Conditioning, amounts: Tensor) -> Conditioning:

@@ -5,6 +5,7 @@ All of it is scikit-image's, which is imported where it is used: it takes a seco
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -79,7 +80,12 @@ class MatchColor:
         mean, std = _statistics(lab)
         # The floor, far below what can be seen, is for pictures of one colour.
         matched = (lab - mean) / np.maximum(std, 1e-2) * self.std + self.mean
-        return lab2rgb(matched).clip(0, 1).astype(np.float32)
+        with warnings.catch_warnings():
+            # Colours that no screen shows are clipped on purpose.
+            warnings.filterwarnings(
+                "ignore", message="Conversion from CIE-LAB.* negative Z values", category=UserWarning
+            )
+            return lab2rgb(matched).clip(0, 1).astype(np.float32)
 
 
 class Sharpen:

@@ -17,6 +17,20 @@ def two_sides(size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def check_multiples(size: tuple[int, int], unit: int, *, what: str) -> None:
+    """Raises ValueError for (height, width) that a model does not divide, with the nearest that it does.
+
+    Args:
+        what: has this size, and gets it from `image_size`.
+    """
+    if any(side < 1 or side % unit for side in size):
+        nearest = (max(unit, round(size[0] / unit) * unit), max(unit, round(size[1] / unit) * unit))
+        raise ValueError(
+            f"got {what} of {size[1]}x{size[0]} pixels, expected multiples of {unit}, which the autoencoder and "
+            f"the network divide by; set image_size={as_typed(nearest)}"
+        )
+
+
 def as_typed(size: tuple[int, int]) -> str:
     """(height, width) as a setting on a command line: one number where the sides are equal."""
     height, width = size

@@ -24,6 +24,7 @@ class Order:
         negative_prompt: what guidance leads away from; "" is the null condition.
         other_prompt, other_seed: the end of the way; None stays with the own.
         amount: how far on the way, 0 to 1.
+        all_prompts: of the animation that this is a frame of; each frame's context is as long as the longest of theirs.
     """
 
     prompt: str
@@ -32,6 +33,13 @@ class Order:
     other_prompt: str | None = None
     other_seed: int | None = None
     amount: float = 0.0
+    all_prompts: tuple[str, ...] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that decides how long the context is."""
+        other = () if self.other_prompt is None else (self.other_prompt,)
+        return (self.prompt, *other, self.negative_prompt, *(self.all_prompts or ()))
 
 
 @dataclass(frozen=True)

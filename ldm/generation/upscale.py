@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.diffusion.schedules import ScaledLinear
 from ldm.generation.image_to_image import read_image
 from ldm.generation.pictures import Source
+from ldm.generation.sizes import check_multiples
 from ldm.generation.task import Order, Start, Task
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Upscale(Task):
                 "which takes 3; use task=two_pass, which works with any model"
             )
         factor = pipeline.autoencoder.downsampling_factor
+        # Here and not of the result: image_size is that of the small picture.
+        check_multiples(self.size, pipeline.size_unit // factor, what="a picture to enlarge")
         size = (self.size[0] * factor, self.size[1] * factor)
         noise = pipeline.noise(orders, size)
         cond, uncond = pipeline.conditions(orders, size)

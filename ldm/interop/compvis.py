@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,15 @@ from torch import Tensor
 
 from ldm.autoencoders import Autoencoder, KLAutoencoder, VQAutoencoder
 from ldm.interop.autoencoder import autoencoder_class, autoencoder_geometry
-from ldm.interop.compvis_yaml import write_yaml
-from ldm.interop.conditioning import build_conditioner, compvis_state, text_kind, text_parts
+from ldm.interop.compvis_yaml import is_stability, write_yaml
+from ldm.interop.conditioning import (
+    TextPart,
+    build_conditioner,
+    compvis_state,
+    text_kind,
+    text_parts,
+    untold_settings,
+)
 from ldm.interop.families import Family
 from ldm.interop.model import (
     SCALE,
@@ -22,6 +31,7 @@ from ldm.interop.model import (
     PretrainedModel,
     arguments_of,
     build_denoiser,
+    check_base,
     fill,
     scale_buffers,
     schedule_of,
@@ -29,7 +39,14 @@ from ldm.interop.model import (
 from ldm.interop.resolve import resolve_family, resolve_prediction
 from ldm.interop.safe_load import WeightsFile, named
 from ldm.interop.safe_save import write_file
-from ldm.interop.stored_config import StoredConfig, prediction_in_file, read_yaml, yaml_beside
+from ldm.interop.stored_config import (
+    TEXT_ENCODERS,
+    StoredConfig,
+    prediction_in_file,
+    read_yaml,
+    text_settings_in_file,
+    yaml_beside,
+)
 from ldm.interop.unet import unet_geometry
 from ldm.networks import UNet
 
@@ -73,7 +90,9 @@ def read_compvis(
     parts = _split(path, file.state, ema=ema)
     stored = read_yaml(config) if config else read_yaml(beside) if (beside := yaml_beside(path)) else None
     geometry = unet_geometry(parts.network)
-    texts = [replace(part, settings=_settings(path, part.kind, stored)) for part in text_parts(file.state)]
+    texts = _texts(path, file, stored)
+    lacks_text = not texts and geometry["context_dim"] is not None
+    check_base(path, base, lacks_text=lacks_text, lacks_autoencoder=not parts.first_stage)
     kind = text_kind(texts, has_vector=geometry["vector_dim"] is not None)
     chosen = resolve_family(path, geometry, kind, family=family, stored=stored)
     chosen, said_by = resolve_prediction(path, chosen, given=prediction, stored=_stored_predictions(file, stored))
@@ -83,16 +102,13 @@ def read_compvis(
         network = UNet(**{**geometry, **chosen.heads})
     fill(network, parts.network, part=f"the U-Net of {path.name}")
     chosen, scale = _latent_scale(path, chosen, file.state)
-    autoencoder = _autoencoder(path, parts.first_stage, scale, base)
+    autoencoder = base.autoencoder if base and not parts.first_stage else _autoencoder(path, parts.first_stage, scale)
     if stored and stored.latent_size and chosen.name == "custom":
         chosen = replace(chosen, image_size=stored.latent_size * autoencoder.downsampling_factor)
-    if not texts and geometry["context_dim"] is not None:
-        conditioner = _from_base(path, base, "text encoder").conditioner
-    else:
-        conditioner = build_conditioner(kind, texts, vector_dim=geometry["vector_dim"], image_size=chosen.image_size)
+    built = build_conditioner(kind, texts, vector_dim=geometry["vector_dim"], image_size=chosen.image_size)
     return PretrainedModel(
         build_denoiser(network, chosen),
-        conditioner,
+        base.conditioner if base and lacks_text else built,
         autoencoder,
         chosen,
         Origin("CompVis", said_by, parts.weights, parts.left_out),
@@ -104,7 +120,7 @@ def write_compvis(model: PretrainedModel, path: Path | str, *, dtype: torch.dtyp
     """Writes one .safetensors file under CompVis names, and its config as a yaml beside it.
 
     Args:
-        dtype: precision of all floating-point tensors; None leaves each as it is.
+        dtype: precision of all floating-point tensors but the scale of latents; None leaves each as it is.
 
     Returns:
         The two files.
@@ -120,11 +136,23 @@ def write_compvis(model: PretrainedModel, path: Path | str, *, dtype: torch.dtyp
     state = {f"{NETWORK}{name}": tensor for name, tensor in model.network.state_dict().items()}
     state |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in autoencoder.items() if name not in SCALE}
     state |= {**compvis_state(model.conditioner), **model.carried}
-    if model.family.latent_scale is None:
+    if model.family.latent_scale is None and not is_stability(model):
         state["scale_factor"] = model.autoencoder.latent_scale
+    metadata = {"modelspec.prediction_type": str(model.family.prediction)}
+    if any(untold := untold_settings(model.conditioner)):
+        metadata[TEXT_ENCODERS] = json.dumps(untold)
     config = write_yaml(model, path.with_suffix(".yaml"))
-    write_file(path, state, metadata={"modelspec.prediction_type": str(model.family.prediction)}, dtype=dtype)
+    write_file(path, state, metadata=metadata, dtype=dtype)
     return [path, config]
+
+
+def check_average(path: Path, *, ema: bool, there: bool) -> None:
+    """Raises ValueError where the plain weights are asked for and are the only ones, so that asking has no effect."""
+    if not ema and not there:
+        raise ValueError(
+            f"got ema=false for {path}, which holds no moving average, expected one beside the plain weights; leave "
+            "ema out"
+        )
 
 
 def _check_expressible(model: PretrainedModel) -> None:
@@ -135,11 +163,16 @@ def _check_expressible(model: PretrainedModel) -> None:
             f"got a {type(autoencoder).__name__}, expected a KLAutoencoder or VQAutoencoder in CompVis files"
         )
     shift = float(autoencoder.latent_shift)
-    groups = {model.network.arguments["norm_groups"], arguments_of(autoencoder)["norm_groups"]}
-    got = f"latents shifted by {shift:g}" if shift else f"norm_groups {min(groups)}" if groups != {32} else None
+    groups = {
+        name: arguments_of(part)["norm_groups"]
+        for name, part in (("U-Net", model.network), ("autoencoder", autoencoder))
+    }
+    got = [f"norm_groups {number} in its {part}" for part, number in groups.items() if number != 32]
+    got += [f"latents shifted by {shift:g}"] if shift else []
     if got:
         raise ValueError(
-            f"got a model with {got}, expected no shift and 32 groups, as CompVis's code has it; write format=diffusers"
+            f"got a model with {' and '.join(got)}, expected no shift and 32 groups, as CompVis's code has it; write "
+            "format=diffusers"
         )
 
 
@@ -155,10 +188,13 @@ def _split(path: Path, state: Mapping[str, Tensor], *, ema: bool) -> _Parts:
     known = (NETWORK, FIRST_STAGE, MOVING_AVERAGE, *TEXT, *CARRIED)
     others = [name for name in state if not name.startswith(known) and not RECOMPUTED.fullmatch(name)]
     if unknown := [name for name in others if name.removeprefix("diffusion_model.") not in plain]:
+        lacking = _lacking(plain, first_stage)
+        without = f" and without {len(lacking)} that it should have ({named(lacking)})" if lacking else ""
         raise ValueError(
-            f"got {path} with {len(unknown)} unexpected tensors ({named(unknown)}), expected none besides "
+            f"got {path} with {len(unknown)} unexpected tensors ({named(unknown)}){without}, expected none besides "
             f"{', '.join(known)}; is it of another kind of model?"
         )
+    check_average(path, ema=ema, there=bool(averaged))
     use_average = bool(averaged) and ema
     left_out = [name for name in ("noise schedule buffers",) if "betas" in state or "alphas_cumprod" in state]
     left_out += ["the plain weights beside the moving average"] if use_average else []
@@ -166,6 +202,19 @@ def _split(path: Path, state: Mapping[str, Tensor], *, ema: bool) -> _Parts:
     carried = {name: tensor for name, tensor in state.items() if name.startswith(CARRIED)}
     weights = "the moving average (model_ema)" if use_average else "the plain weights" if averaged else "the only ones"
     return _Parts(averaged if use_average else plain, first_stage, carried, weights, tuple(left_out))
+
+
+def _lacking(network: Mapping[str, Tensor], first_stage: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that a U-Net and an autoencoder of their geometry have besides, as far as the geometry shows."""
+    lacking: list[str] = []
+    with suppress(ValueError), torch.device("meta"):
+        own = UNet(**unet_geometry(network), num_heads=1).state_dict().keys()
+        lacking += [f"{NETWORK}{name}" for name in sorted(own - network.keys())]
+    with suppress(ValueError), torch.device("meta"):
+        arguments = autoencoder_geometry(first_stage)
+        own = autoencoder_class(arguments)(**arguments).state_dict().keys()
+        lacking += [f"{FIRST_STAGE}{name}" for name in sorted(own - first_stage.keys() - set(SCALE))]
+    return lacking
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -198,6 +247,15 @@ def _remedy(state: Mapping[str, Tensor]) -> str:
     if "LoRA" in _what(state):
         return "give it as a LoRA beside a model"
     return "give the whole folder" if "folder" in _what(state) else "name the file of a whole model"
+
+
+def _texts(path: Path, file: WeightsFile, stored: StoredConfig | None) -> list[TextPart]:
+    parts = text_parts(file.state)
+    noted = text_settings_in_file(file, [part.kind for part in parts])
+    return [
+        replace(part, settings={**_settings(path, part.kind, stored), **own})
+        for part, own in zip(parts, noted, strict=True)
+    ]
 
 
 def _settings(path: Path, kind: str, stored: StoredConfig | None) -> Mapping[str, Any]:
@@ -239,19 +297,8 @@ def _check_schedule(path: Path, state: Mapping[str, Tensor], family: Family) -> 
         )
 
 
-def _autoencoder(path: Path, state: Mapping[str, Tensor], scale: float, base: PretrainedModel | None) -> Autoencoder:
-    if not state:
-        return _from_base(path, base, "autoencoder").autoencoder
+def _autoencoder(path: Path, state: Mapping[str, Tensor], scale: float) -> Autoencoder:
     arguments = autoencoder_geometry(state)
     with torch.device("meta"):
         autoencoder = autoencoder_class(arguments)(**arguments, latent_scale=scale)
     return fill(autoencoder, {**state, **scale_buffers(scale)}, part=f"the autoencoder of {path.name}")
-
-
-def _from_base(path: Path, base: PretrainedModel | None, part: str) -> PretrainedModel:
-    if base is None:
-        raise ValueError(
-            f"got {path}, which holds no {part}, expected a whole model; give base=MODEL, another of its family, to "
-            "take the missing parts from"
-        )
-    return base

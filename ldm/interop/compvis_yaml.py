@@ -22,11 +22,15 @@ def write_yaml(model: PretrainedModel, path: Path) -> Path:
     Raises:
         ValueError: a part that such configs cannot say.
     """
-    several = isinstance(model.conditioner, Combined)
-    config = {"model": _stability(model) if several else _compvis(model)}
+    config = {"model": _stability(model) if is_stability(model) else _compvis(model)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def is_stability(model: PretrainedModel) -> bool:
+    """Whether Stability's program builds the model, sgm, and not CompVis's: it alone has several conditioners."""
+    return isinstance(model.conditioner, Combined)
 
 
 def _compvis(model: PretrainedModel) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def _stability(model: PretrainedModel) -> dict[str, Any]:
         "discretization_config": {"target": f"{place}.discretizer.LegacyDDPMDiscretization", "params": discretization},
     }
     params = {
-        "scale_factor": family.latent_scale,
+        "scale_factor": float(model.autoencoder.latent_scale) if family.latent_scale is None else family.latent_scale,
         "denoiser_config": {"target": f"{place}.denoiser.DiscreteDenoiser", "params": denoiser},
         "network_config": _network(model.network.arguments, f"{place}.openaimodel.UNetModel"),
         "conditioner_config": {"target": "sgm.modules.GeneralConditioner", "params": _embedders(model.conditioner)},

@@ -29,8 +29,8 @@ from ldm.conditioners import (
 )
 from ldm.conditioners.open_clip import open_clip_geometry
 from ldm.conditioners.size_crop import SDXL, SDXL_REFINER
-from ldm.interop.model import CarriedConditioner, fill
-from ldm.interop.text_encoders import NOT_READ, clip_config, num_layers, without_prefix
+from ldm.interop.model import CarriedConditioner, arguments_of, fill
+from ldm.interop.text_encoders import HEAD_WIDTH, NOT_READ, clip_config, num_layers, without_prefix
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,13 @@ def _text_and_sizes(
 ) -> Conditioner:
     """SDXL's conditioner: encoders of text, the last of which pools, then embedded numbers."""
     *first, last = parts
-    encoders: list[Conditioner] = [
-        clip_text(part.state, layer=-2, final_norm=False, null=null, **part.settings) for part in first
-    ]
+    shared: dict[str, Any] = {"final_norm": False, "null": null}
+    encoders: list[Conditioner] = [clip_text(part.state, layer=-2, **{**shared, **part.settings}) for part in first]
     pooling: CLIPText | OpenCLIPText
     if last.kind == "open_clip":
-        pooling = open_clip_text(last.state, final_norm=False, pooled=True, null=null, **last.settings)
+        pooling = open_clip_text(last.state, pooled=True, **{**shared, **last.settings})
     else:
-        pooling = clip_text(last.state, layer=-2, final_norm=False, pooled=True, null=null, **last.settings)
+        pooling = clip_text(last.state, layer=-2, pooled=True, **{**shared, **last.settings})
     if (vector_dim - pooling.vector_dim) % len(columns):
         raise ValueError(
             f"got a network for vectors {vector_dim} wide beside a text encoder that gives {pooling.vector_dim}, "
@@ -133,12 +132,12 @@ def clip_text(state: Mapping[str, Tensor], *, config: Mapping[str, Any] | None =
     """A CLIPText with weights under names such as `transformer.text_model.final_layer_norm.weight`.
 
     Args:
-        config: settings of transformers.CLIPTextConfig; None reads them from the shapes.
+        config: settings of transformers.CLIPTextConfig that `clip_config` does not read from the shapes.
         settings: further arguments of `CLIPText`.
     """
     bare = without_prefix({name.removeprefix("transformer."): tensor for name, tensor in state.items()})
     with torch.device("meta"):
-        encoder = CLIPText(clip_config(bare) if config is None else config, **settings)
+        encoder = CLIPText({**clip_config(bare), **(config or {})}, **settings)
     named = {_with_level(name): tensor for name, tensor in state.items()}
     return fill(encoder, named, part="a CLIP text encoder", tolerated=_CLIP_EXTRAS)
 
@@ -193,6 +192,28 @@ def compvis_state(conditioner: Conditioner) -> dict[str, Tensor]:
         states = [_own_state(part) for part in encoders]
         return {f"conditioner.embedders.{i}.{name}": t for i, state in enumerate(states) for name, t in state.items()}
     return {f"cond_stage_model.{name}": tensor for name, tensor in _own_state(conditioner).items()}
+
+
+def untold_settings(conditioner: Conditioner) -> list[dict[str, Any]]:
+    """For each encoder the arguments that `build_conditioner` would take otherwise from its tensors alone."""
+    parts = list(conditioner.conditioners) if isinstance(conditioner, Combined) else [conditioner]
+    null = "zeros" if conditioner_kind(conditioner) == "sdxl" else "empty"
+    return [_untold(part, null) for part in parts if not isinstance(part, SizeCrop)]
+
+
+def _untold(encoder: nn.Module, null: str) -> dict[str, Any]:
+    if not isinstance(encoder, CLIPText | OpenCLIPText):
+        return {}
+    told: dict[str, Any] = {} if encoder.null_kind == null else {"null": encoder.null_kind}
+    if isinstance(encoder, OpenCLIPText):
+        heads, width = arguments_of(encoder)["heads"], arguments_of(encoder)["width"]
+        return told if heads == max(width // HEAD_WIDTH, 1) else {**told, "heads": heads}
+    own = without_prefix({name.removeprefix("transformer."): tensor for name, tensor in encoder.state_dict().items()})
+    usual, settings = {"layer_norm_eps": 1e-5, **clip_config(own)}, encoder.tower.config
+    names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+    if config := {name: found for name in names if (found := getattr(settings, name)) != usual[name]}:
+        told["config"] = config
+    return told if encoder.tokenizer.padding == "end" else {**told, "padding": encoder.tokenizer.padding}
 
 
 def conditioner_kind(conditioner: Conditioner) -> str | None:

@@ -13,13 +13,12 @@ from torch import Tensor
 from ldm.autoencoders import Autoencoder
 from ldm.interop.autoencoder import autoencoder_class, autoencoder_from_diffusers
 from ldm.interop.conditioning import TextPart, build_conditioner, text_kind, text_parts
-from ldm.interop.diffusers_scheduler import read_json, read_scheduler
+from ldm.interop.diffusers_scheduler import read_json, read_scheduler, scheduler_config
 from ldm.interop.families import Family, chosen_family, recognise
-from ldm.interop.model import Origin, PretrainedModel, arguments_of, build_denoiser, fill
-from ldm.interop.resolve import CUSTOM, resolve_prediction
+from ldm.interop.model import Origin, PretrainedModel, arguments_of, build_denoiser, check_base, fill
+from ldm.interop.resolve import CUSTOM, custom, resolve_prediction
 from ldm.interop.safe_load import find_weights, read_file
 from ldm.interop.text_encoders import (
-    clip_config,
     ldm_bert_to_compvis,
     transformers_to_open_clip,
     with_prefix,
@@ -45,21 +44,20 @@ def read_diffusers(
     index = _index(folder)
     stored = read_scheduler(folder / "scheduler")
     network = _network(folder)
-    autoencoder = _autoencoder(folder, index)
     carried = read_file(folder / CARRIED).state if (folder / CARRIED).is_file() else {}
     parts = _text_parts(folder, index, carried)
+    lacks_text = network.arguments["context_dim"] is not None and not parts
+    lacks_autoencoder = not (_is_there(index, "vae") or _is_there(index, "vqvae"))
+    check_base(folder, base, lacks_text=lacks_text, lacks_autoencoder=lacks_autoencoder)
     kind = text_kind(parts, has_vector=network.arguments["vector_dim"] is not None)
     chosen = _family(family, network, kind)
-    scale = None if chosen.latent_scale is None else float(arguments_of(autoencoder)["latent_scale"])
+    autoencoder = base.autoencoder if base and lacks_autoencoder else _autoencoder(folder, index)
+    scale = base.family.latent_scale if base and lacks_autoencoder else _latent_scale(chosen, autoencoder)
     chosen = replace(chosen, latent_scale=scale, **(stored.schedule or {}))
     told = [(stored.prediction, stored.source)] if stored.prediction else []
     chosen, said_by = resolve_prediction(folder, chosen, given=prediction, stored=told)
     if chosen.name == CUSTOM.name:
         chosen = replace(chosen, image_size=_sample_size(folder) * autoencoder.downsampling_factor)
-    if network.arguments["context_dim"] is not None and not parts and base is None:
-        raise ValueError(
-            f"got {folder}, which holds no text encoder, expected a whole model; give base=MODEL, another of its family"
-        )
     conditioner = build_conditioner(
         kind,
         parts,
@@ -69,10 +67,10 @@ def read_diffusers(
     )
     return PretrainedModel(
         build_denoiser(network, chosen),
-        base.conditioner if base and not parts else conditioner,
+        base.conditioner if base and lacks_text else conditioner,
         autoencoder,
         chosen,
-        Origin("diffusers", said_by, left_out=_left_out(index)),
+        Origin("diffusers", said_by, left_out=_left_out(index, chosen)),
         {
             name: tensor
             for name, tensor in carried.items()
@@ -109,6 +107,11 @@ def _autoencoder(folder: Path, index: Mapping[str, Any]) -> Autoencoder:
     return fill(autoencoder, state, part="the autoencoder")
 
 
+def _latent_scale(family: Family, autoencoder: Autoencoder) -> float | None:
+    """That of the folder's autoencoder; None where the family's files hold a measured one."""
+    return None if family.latent_scale is None else float(arguments_of(autoencoder)["latent_scale"])
+
+
 def _text_parts(folder: Path, index: Mapping[str, Any], carried: Mapping[str, Tensor]) -> list[TextPart]:
     """The text encoders in their order, with what diffusers has no place for."""
     names = [name for name in ("text_encoder", "text_encoder_2") if _is_there(index, name)]
@@ -133,13 +136,16 @@ def _text_part(folder: Path, index: Mapping[str, Any], name: str) -> TextPart:
     if architecture not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         raise ValueError(f"got {folder / name}, a {architecture}, expected a CLIPTextModel; ldm has no other yet")
     state = without_prefix(_weights(folder / name, library="transformers"))
-    pads_with_zero = _pads_with_zero(folder / name.replace("text_encoder", "tokenizer"))
+    pad = _pad_token(folder / name.replace("text_encoder", "tokenizer"))
+    # Without a word from a tokenizer the encoder decides: open_clip's were trained padded with zero, OpenAI's with the
+    # end token, and the two differ in geometry.
+    pads_with_zero = _is_open_clip(config) if pad is None else pad == "!"
     pooled = architecture.endswith("WithProjection")
     if pads_with_zero and _is_open_clip(config):
         return _open_clip_part(state, heads=int(config["num_attention_heads"]), whole=pooled)
     told = {key: config[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps") if key in config}
     settings: dict[str, Any] = {
-        "config": {**clip_config(state), **told},
+        "config": told,
         "padding": "zero" if pads_with_zero else "end",
     }
     return TextPart("clip", {f"transformer.{key}": value for key, value in with_prefix(state).items()}, settings)
@@ -172,18 +178,18 @@ def _family(name: str | None, network: UNet, kind: str | None) -> Family:
     if name:
         return chosen_family(name, network.arguments, kind)
     found = recognise(network.arguments, kind)
-    return found or replace(CUSTOM, text=kind)
+    return found or custom(kind)
 
 
-def _pads_with_zero(tokenizer: Path) -> bool:
-    """Whether the tokenizer pads with "!", id 0, as open_clip's models were trained, and not with the end token."""
+def _pad_token(tokenizer: Path) -> str | None:
+    """The token that fills short texts up: "!", id 0, as in open_clip, or CLIP's end; None where no file tells it."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (tokenizer / name).is_file():
             token = read_json(tokenizer / name).get("pad_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                return bool(token == "!")
-    return False
+                return str(token)
+    return None
 
 
 def _weights(folder: Path, *, library: str = "diffusers") -> dict[str, Tensor]:
@@ -205,10 +211,14 @@ def _is_there(index: Mapping[str, Any], name: str) -> bool:
     return bool(index.get(name)) and index[name][1] is not None
 
 
-def _left_out(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """Components that our parts have no use for."""
+def _left_out(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """Components that our parts have no use for, and a sampler other than the one that is written again."""
     known = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "scheduler", "tokenizer", "tokenizer_2")
-    return tuple(name for name in index if not name.startswith("_") and name not in known and _is_list(index, name))
+    left_out = [name for name in index if not name.startswith("_") and name not in known and _is_list(index, name)]
+    theirs, ours = index["scheduler"][1] if _is_there(index, "scheduler") else None, scheduler_config(family)
+    if theirs not in (None, ours["_class_name"]):
+        left_out.append(f"the sampler {theirs}: a folder written from this names {ours['_class_name']}")
+    return tuple(left_out)
 
 
 def _is_list(index: Mapping[str, Any], name: str) -> bool:

@@ -11,6 +11,8 @@ from ldm.interop.families import Family, as_prediction
 from ldm.interop.stored_config import StoredConfig
 
 _KINDS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+# By these is a schedule told, of which a config of diffusers always has one; others have sigmas or a shift.
+_BETAS = {"beta_schedule", "beta_start", "beta_end"}
 _PREDICTIONS = {families.EPSILON: "epsilon", families.V: "v_prediction", families.X_0: "sample"}
 # The image pipelines of the x4 upscaler add noise to the low-resolution picture by this schedule.
 LOW_RESOLUTION = {
@@ -23,16 +25,22 @@ LOW_RESOLUTION = {
 
 
 def read_scheduler(folder: Path) -> StoredConfig:
-    """What a scheduler's config says; a field that it lacks has the default of diffusers.
+    """What a scheduler's config says; a field that it lacks beside others has the default of diffusers.
 
     Raises:
         ValueError: the config is missing or damaged, or says what no discrete schedule of ours computes.
     """
     config = read_json(folder / "scheduler_config.json")
+    name = str(config.get("_class_name"))
+    if name.startswith(("FlowMatch", "EDM")) or not _BETAS & config.keys():
+        raise ValueError(
+            f"got {folder / 'scheduler_config.json'} of a {name}, expected a scheduler with betas, such as "
+            "DDIMScheduler; ldm reads no model that was trained otherwise, so give another"
+        )
     kind = config.get("beta_schedule", "linear")
     if kind not in _KINDS or config.get("trained_betas") is not None:
         raise ValueError(
-            f"got {folder / 'scheduler_config.json'} with a {config.get('_class_name')} whose betas are {kind}, "
+            f"got {folder / 'scheduler_config.json'} with a {name} whose betas are {kind}, "
             f"expected one of {', '.join(_KINDS)}; ldm has no such schedule"
         )
     place = "scheduler/scheduler_config.json"

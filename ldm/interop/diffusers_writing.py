@@ -17,7 +17,9 @@ from ldm.interop.autoencoder import autoencoder_to_diffusers
 from ldm.interop.conditioning import compvis_state, conditioner_kind
 from ldm.interop.diffusers import CARRIED, INDEX
 from ldm.interop.diffusers_scheduler import LOW_RESOLUTION, scheduler_config
+from ldm.interop.families import recognise
 from ldm.interop.model import PretrainedModel, arguments_of
+from ldm.interop.resolve import described
 from ldm.interop.safe_save import write_file
 from ldm.interop.text_encoders import (
     clip_config,
@@ -183,7 +185,10 @@ class _Writer:
     def _notes(self, pipeline: str | None, unread: Mapping[str, Tensor]) -> list[str]:
         notes = []
         if pipeline is None:
-            notes.append(f"no pipeline of diffusers samples this model: {INDEX} is left out")
+            notes.append(
+                f"no pipeline of diffusers samples a {described(self.model.network.arguments)} with a "
+                f"{type(self.model.conditioner).__name__}: {INDEX} is left out, so load its parts one by one"
+            )
         if pipeline == "StableDiffusionDepth2ImgPipeline":
             notes.append("the pipeline needs depth_estimator= and feature_extractor= from elsewhere")
         if unread:
@@ -245,6 +250,11 @@ def _pools_alone(texts: list[Any]) -> bool:
 def _pipeline(model: PretrainedModel, kind: str | None) -> str | None:
     """The pipeline for a model of no known family, or None."""
     arguments = model.network.arguments
+    if kind in ("clip", "open_clip"):
+        # To diffusers both are a CLIPTextModel: the structure of the U-Net alone tells families apart.
+        for text in ("clip", "open_clip"):
+            if found := recognise(arguments, text):
+                return found.pipeline
     if arguments["in_channels"] != arguments["out_channels"] or arguments["num_classes"]:
         return None
     if kind in ("clip", "open_clip") and not arguments["vector_dim"]:

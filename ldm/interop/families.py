@@ -321,7 +321,7 @@ def chosen_family(name: str, geometry: Mapping[str, Any], text: str | None) -> F
         raise ValueError(f"got family={name}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     # A U-Net alone may have a context of any width, if its user says so.
-    wrong = [item for item in differences(family, geometry, text) if text is not None or "context " not in item]
+    wrong = differences(replace(family, contexts=()), geometry, text)
     if wrong:
         known = recognise(geometry, text)
         hint = f"this looks like family={known.name}" if known else "leave family out, and give config=..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,11 @@ class Origin:
     prediction: str
     weights: str = "the only ones"
     left_out: tuple[str, ...] = ()
+
+    @property
+    def is_overruled(self) -> bool:
+        """Whether the user's word about the prediction is against a stored one."""
+        return ", although " in self.prediction
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,25 @@ def fill(module: ModuleT, state: Mapping[str, Tensor], *, part: str, tolerated: 
         )
     module.load_state_dict(given, assign=True)
     return module.eval()
+
+
+def check_base(path: Path, base: PretrainedModel | None, *, lacks_text: bool, lacks_autoencoder: bool) -> None:
+    """Compares what a source lacks with whether there is a base to take it from.
+
+    Raises:
+        ValueError: parts are lacking and there is no base, or there is one and nothing to take from it.
+    """
+    lacking = [name for name, lacks in (("text encoder", lacks_text), ("autoencoder", lacks_autoencoder)) if lacks]
+    if lacking and base is None:
+        raise ValueError(
+            f"got {path}, which holds no {' and no '.join(lacking)}, expected a whole model; give base=MODEL, another "
+            "of its family, to take what is missing from"
+        )
+    if base is not None and not lacking:
+        raise ValueError(
+            f"got base= for {path}, which holds all its parts, expected a model without its text encoder or "
+            "autoencoder; leave base out"
+        )
 
 
 def scale_buffers(scale: float, shift: float = 0.0) -> dict[str, Tensor]:

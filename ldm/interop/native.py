@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.conditioners import Combined, Tokenizer
 from ldm.interop.families import Family
 from ldm.interop.model import CarriedConditioner, Origin, PretrainedModel, arguments_of, build_denoiser, fill
+from ldm.interop.safe_save import cast
 from ldm.nn.weights import save_weights
 
 TARGET = "ldm.interop.PretrainedModel"
@@ -34,8 +35,7 @@ def write_ldm(model: PretrainedModel, path: Path | str, *, dtype: torch.dtype | 
         raise ValueError(f"got out={path}, expected a name that ends in .safetensors")
     modules = _modules(model)
     state = {f"{part}.{name}": tensor for part, module in modules.items() for name, tensor in _state(module).items()}
-    if dtype is not None:
-        state = {name: _cast(name, tensor, dtype) for name, tensor in state.items()}
+    state = {name: cast(name, tensor, dtype) for name, tensor in state.items()}
     state |= {f"carried.{name}": tensor for name, tensor in model.carried.items()}
     config = {part: describe(module) for part, module in modules.items()}
     save_weights(path, state, target=TARGET, config={**config, "family": asdict(model.family)})
@@ -115,11 +115,6 @@ def _filled(module: nn.Module, state: dict[str, Tensor], part: str) -> nn.Module
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    keeps = name.endswith(("latent_scale", "latent_shift")) or not tensor.is_floating_point()
-    return tensor if keeps else tensor.to(dtype)
 
 
 def _name(module: nn.Module) -> str:

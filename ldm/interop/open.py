@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ldm.interop.compvis import read_compvis
+from ldm.interop.compvis import check_average, read_compvis
 from ldm.interop.diffusers import INDEX, is_diffusers, read_diffusers
+from ldm.interop.families import EPSILON
 from ldm.interop.model import PretrainedModel
 from ldm.interop.native import TARGET, read_ldm
 from ldm.interop.safe_load import read_file
@@ -31,23 +32,27 @@ def open_model(
         prediction: epsilon, v or x_0, where the file does not say it or says it wrongly.
         family: a name of `families.FAMILIES`, where structure does not tell it.
         config: the yaml of a single file; None takes the one of the same name beside it, if there is one.
-        ema: take the moving average of the U-Net where a single file holds one.
-        base: a model whose text encoder and autoencoder are taken where the file has none.
+        ema: take the moving average of the U-Net where a single file holds one; false asks for the plain weights
+            beside it.
+        base: a model whose text encoder or autoencoder are taken where the file or folder has none.
 
     Raises:
         FileNotFoundError: there is nothing at a path.
-        ValueError: what lies there is no such model, in one line: what it is, what was expected, what to do.
+        ValueError: what lies there is no such model, or a setting has no effect on it, in one line: what it is, what
+            was expected, what to do.
     """
     path = Path(path).expanduser()
-    based = None if base is None else open_model(base, prediction=prediction)
+    based = None if base is None else _base(Path(base).expanduser())
     if path.is_dir():
         if not is_diffusers(path):
             raise ValueError(f"got {path}, a folder without {INDEX}, expected a folder of diffusers or a single file")
         _refuse(path, config=config)
+        check_average(path, ema=ema, there=False)
         return read_diffusers(path, prediction=prediction, family=family, base=based)
     file = read_file(path)
     if file.metadata.get("target") == TARGET:
         _refuse(path, prediction=prediction, family=family, config=config, base=base)
+        check_average(path, ema=ema, there=False)
         return read_ldm(path, file.state, json.loads(file.metadata["config"]))
     yaml = None if config is None else Path(config).expanduser()
     return read_compvis(path, file, prediction=prediction, family=family, config=yaml, ema=ema, base=based)
@@ -69,6 +74,12 @@ def is_foreign(path: Path) -> bool:
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError):
         return True  # reading it properly says what is wrong
     return not (isinstance(content, dict) and {"config", "state_dict"} <= content.keys())
+
+
+def _base(path: Path) -> PretrainedModel:
+    """A model for its parts: what its own network predicts is used nowhere, so nobody has to know it."""
+    is_own = path.is_file() and read_file(path).metadata.get("target") == TARGET
+    return open_model(path, prediction=None if is_own else EPSILON)
 
 
 def _refuse(path: Path, **settings: object) -> None:

@@ -12,6 +12,13 @@ from ldm.interop.stored_config import StoredConfig
 
 # What a model is sampled with that belongs to no family.
 CUSTOM = Family("custom", "a geometry of its own", None, image_size=256, guidance_scale=1.0, num_steps=50, heads={})
+# As the families with these kinds of text encoder are sampled.
+_GUIDANCE = {"clip": 7.5, "open_clip": 7.5, "sdxl": 5.0, "refiner": 5.0}
+
+
+def custom(text: str | None) -> Family:
+    """No family, with a kind of text encoder, and the guidance that goes with it; 1.0 is none."""
+    return replace(CUSTOM, text=text, guidance_scale=_GUIDANCE.get(text or "", CUSTOM.guidance_scale))
 
 
 def resolve_family(
@@ -33,7 +40,7 @@ def resolve_family(
             f"got {path}, a {described(geometry)} of no known family, expected its config; give config=FILE.yaml or "
             f"put it beside the file as {path.with_suffix('.yaml').name}"
         )
-    base = found or replace(CUSTOM, text=text)
+    base = found or custom(text)
     if stored is None:
         return base
     changes = {**(stored.schedule or {}), **({"heads": stored.network} if stored.network else {})}
@@ -57,7 +64,9 @@ def resolve_prediction(
         ValueError: nobody says it.
     """
     if given is not None:
-        return family.with_prediction(as_prediction(given, source="prediction=")), "prediction="
+        chosen = as_prediction(given, source="prediction=")
+        others = " and ".join(f"{source} says {prediction}" for prediction, source in stored if prediction != chosen)
+        return family.with_prediction(chosen), f"prediction=, although {others}" if others else "prediction="
     if len({prediction for prediction, _ in stored}) > 1:
         told = " but ".join(f"{source} says {prediction}" for prediction, source in stored)
         raise ValueError(f"got {path}, where {told}; expected one word; decide with prediction=epsilon or prediction=v")

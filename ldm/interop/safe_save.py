@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Scalars between an encoder's values and latents: whoever rounds them changes everything that the network sees.
+EXACT = ("scale_factor", "latent_scale", "latent_shift")
+
 
 def write_file(
     path: Path,
@@ -20,7 +23,7 @@ def write_file(
     """Writes tensors to a .safetensors file, beside its final name first.
 
     Args:
-        dtype: precision of all floating-point tensors; None leaves each as it is.
+        dtype: precision of all floating-point tensors but the scale of latents; None leaves each as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -28,7 +31,7 @@ def write_file(
         # safetensors makes files that only their owner can read: the mode is that of any new file instead.
         partial.touch()
         mode = partial.stat().st_mode
-        plain = {name: _plain(value, dtype) for name, value in state.items()}
+        plain = {name: cast(name, value.detach().cpu(), dtype).contiguous() for name, value in state.items()}
         save_file(plain, partial, {"format": "pt", **(metadata or {})})
         partial.chmod(mode)
         partial.replace(path)
@@ -36,6 +39,7 @@ def write_file(
         partial.unlink(missing_ok=True)
 
 
-def _plain(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    value = value.detach().cpu()
-    return (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous()
+def cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in the precision to write it in; None, and what is `EXACT`, leave it as it is."""
+    keeps = dtype is None or name.rpartition(".")[2] in EXACT or not value.is_floating_point()
+    return value if keeps else value.to(dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from ldm.interop.families import EPSILON, V, as_prediction
 from ldm.interop.safe_load import WeightsFile
 
 # By the last part of a class's name in Stability's yaml files.
-_SCALINGS = {"EpsScaling": EPSILON, "VScaling": V, "VScalingWithEDMcNoise": V}
+_SCALINGS = {"EpsScaling": EPSILON, "VScaling": V}
+_DISCRETIZATIONS = ("LegacyDDPMDiscretization",)
+# Metadata of ours beside other projects' own, which pass over it; with the weights, as a yaml is easily left behind.
+TEXT_ENCODERS = "ldm.text_encoders"
+_CLIP_SETTINGS = {"num_attention_heads", "hidden_act", "layer_norm_eps"}
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,55 @@ def prediction_in_file(file: WeightsFile) -> tuple[str, str] | None:
     return None
 
 
+def text_settings_in_file(file: WeightsFile, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """For each text encoder of the kinds given what `write_compvis` noted of it in the file's metadata.
+
+    Raises:
+        ValueError: the note is damaged, or about other encoders.
+    """
+    if TEXT_ENCODERS not in file.metadata:
+        return [{} for _ in kinds]
+    try:
+        noted = json.loads(file.metadata[TEXT_ENCODERS])
+        fits = len(noted) == len(kinds) and all(map(_fits, noted, kinds))
+    except (json.JSONDecodeError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"got {TEXT_ENCODERS} in the file's metadata, which does not fit its {len(kinds)} text encoders "
+            f"({', '.join(kinds)}), expected one entry each; convert the model's source again"
+        )
+    return list(noted)
+
+
+def _fits(noted: Mapping[str, Any], kind: str) -> bool:
+    settings = {"clip": {"config", "padding", "null"}, "open_clip": {"heads", "null"}}.get(kind, set())
+    return noted.keys() <= settings and noted.get("config", {}).keys() <= _CLIP_SETTINGS
+
+
 def _prediction(params: Mapping[str, Any], path: Path) -> str | None:
     """What `parameterization` or the denoiser's scaling says; CompVis's own default is eps."""
     if "denoiser_config" in params:
-        scaling = str(params["denoiser_config"].get("params", {}).get("scaling_config", {}).get("target", ""))
-        return _SCALINGS.get(scaling.rpartition(".")[2])
+        return _SCALINGS[_denoiser_part(params, "scaling_config", _SCALINGS, path)[0]]
     return as_prediction(params.get("parameterization", "eps"), source=path.name)
+
+
+def _denoiser_part(
+    params: Mapping[str, Any], part: str, known: Collection[str], path: Path
+) -> tuple[str, Mapping[str, Any]]:
+    """(name of the class, its params) of a part of Stability's denoiser.
+
+    Raises:
+        ValueError: it is none of the known ones: the family's own facts are no answer to what a config states.
+    """
+    config = (params["denoiser_config"].get("params") or {}).get(part) or {}
+    name = str(config.get("target")).rpartition(".")[2]
+    if name not in known:
+        raise ValueError(
+            f"got {path} with the {part} {name}, expected {' or '.join(known)}; ldm has no such denoiser, so give a "
+            "model that was trained otherwise"
+        )
+    return name, config.get("params") or {}
 
 
 def _network(network: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -108,8 +156,7 @@ def _network(network: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _schedule(params: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The noise schedule; "linear" in these files is linear in sqrt(beta)."""
     if "denoiser_config" in params:
-        denoiser = params["denoiser_config"].get("params", {})
-        given = denoiser.get("discretization_config", {}).get("params") or {}
+        _, given = _denoiser_part(params, "discretization_config", _DISCRETIZATIONS, path)
         names = {"linear_start": "beta_start", "linear_end": "beta_end", "num_timesteps": "num_training_steps"}
         return {"beta_start": 0.00085, "beta_end": 0.012} | {
             ours: given[theirs] for theirs, ours in names.items() if theirs in given

@@ -7,7 +7,7 @@ names are those of its CLIPTextModel without the leading `text_model.`, which fi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -88,14 +88,6 @@ def without_prefix(state: Mapping[str, Tensor], *, prefix: str = "text_model.") 
     """Names of transformers without the leading `text_model.`, and without what nothing reads."""
     named = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in named.items() if not NOT_READ.fullmatch(name)}
-
-
-def like_module(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors under a module's own names, whether or not its version of transformers says `text_model.`."""
-    wanted = set(names)
-    return {
-        (f"text_model.{name}" if f"text_model.{name}" in wanted else name): tensor for name, tensor in state.items()
-    }
 
 
 def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

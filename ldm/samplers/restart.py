@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.diffusion import Schedule
 from ldm.samplers.base import Process, Sampler
 from ldm.samplers.heun import Heun
+from ldm.samplers.lcm import LCM
 from ldm.samplers.noise_levels import Karras, known_levels
 
 
@@ -56,7 +57,8 @@ class Restart(Sampler):
     process adds it, and the sampler down again.
 
     Args:
-        sampler: what steps; one that does not look back, since a restart leaves the path of earlier answers.
+        sampler: what steps; one that does not look back, since a restart leaves the path of earlier answers, and not
+            LCM, which ends every way down in x_0 and not at the low end.
         intervals: where to restart; by default twice from noise level 0.1 to 2. What a task constrains is put right
             after the step, not within its restarts.
     """
@@ -69,6 +71,11 @@ class Restart(Sampler):
             raise ValueError(
                 f"got sampler.sampler={type(self.sampler).__name__} for restarts, which looks back at earlier steps; "
                 "expected one that does not, such as Heun, Euler or KDPM2"
+            )
+        if isinstance(self.sampler, LCM):
+            raise ValueError(
+                "got sampler.sampler=LCM for restarts, which noises its belief in x_0 anew in every step; expected one "
+                "that follows the path, such as Heun, Euler or KDPM2"
             )
         self.intervals = tuple(sorted(intervals, key=lambda interval: -interval.low))
         self.evaluations_per_step = self.sampler.evaluations_per_step

@@ -1,144 +1,104 @@
-"""When checkpoints are saved, which are kept, and how a run stops on Ctrl-C."""
+"""When checkpoints are saved, and which are kept."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 
-# In a run of several processes they agree on stopping only every so many steps: agreeing waits for the device.
-AGREE_EVERY = 10
+from ldm.training.checkpoint_folders import SPARE, check_space, check_writable, child, find
+from ldm.training.checkpoint_io import AtomicCheckpointIO
+from ldm.training.frozen import drop_frozen
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
     """Saves `folder/step=000001234.ckpt` every so many steps and at the end; keeps the newest few.
 
     Args:
-        folder: where the files go.
+        folder: where they go: a folder here, or an address that fsspec knows (`s3://...`).
         every_n_steps: optimizer steps between two of them.
-        keep: how many stay; older ones go once a newer one is written.
+        keep: how many stay; older ones go once a newer one is written and verified.
 
     Raises:
-        ValueError: a count is below 1.
+        ValueError: a count is too small.
     """
 
     def __init__(self, folder: str | Path, *, every_n_steps: int = 500, keep: int = 2) -> None:
-        for name, count in {"every_n_steps": every_n_steps, "keep": keep}.items():
-            if count < 1:
-                raise ValueError(f"{name}: got {count}, expected at least 1; leave the callback out to save nothing")
-        self.folder = Path(folder)
+        if every_n_steps < 1:
+            raise ValueError(
+                f"every_n_steps: got {every_n_steps}, expected at least 1; leave the callback out to save nothing"
+            )
+        if keep < SPARE:
+            raise ValueError(f"keep: got {keep}, expected at least {SPARE}, so that a damaged one leaves another")
+        self.folder = folder
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts from the step that training begins or goes on at."""
+        """Counts from the step that training begins or goes on at, and looks at the disk before hours are spent.
+
+        Raises:
+            StorageError: the folder cannot be written to, or has no room for two checkpoints.
+        """
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            check_writable(self.folder)
+            check_space(self.folder, int(2.2 * _expected_bytes(pl_module)))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves where a multiple of `every_n_steps` was passed; two optimizers pass two steps at once."""
+        """Saves where a multiple of `every_n_steps` was passed; two optimizers pass two steps at once.
+
+        Raises:
+            StorageError: this save, or one that was under way, failed.
+        """
+        poll(trainer)
         if trainer.global_step // self.every_n_steps > self._saved_step // self.every_n_steps:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the end."""
+        """Saves the end, and waits until it is safe."""
         self.save(trainer)
+        join(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets a save under way end; its own failure does not hide the exception."""
+        try:
+            join(trainer)
+        except Exception as error:
+            exception.add_note(f"and while the last checkpoint was saved: {error}")
 
     def save(self, trainer: pl.Trainer) -> None:
         """Saves this step unless it is saved, then removes all but the newest; to be called on every rank."""
         if trainer.global_step == self._saved_step:
             return
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.folder / f"step={trainer.global_step:09d}.ckpt")
+        place = child(self.folder, f"step={trainer.global_step:09d}.ckpt")
+        trainer.save_checkpoint(place)
         if trainer.is_global_zero:
-            for path in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
-                path.unlink()
+            # Where saving goes on in the background, the new one is not there yet.
+            older = [other for other in find(self.folder) if Path(str(other)).name != Path(str(place)).name]
+            for other in reversed(older[self.keep - 1 :]):
+                trainer.strategy.remove_checkpoint(other)
 
 
-class Stopped(Exception):
-    """The user asked training to stop, and what had to be saved is saved."""
+def poll(trainer: pl.Trainer) -> None:
+    """Raises what has gone wrong with saving in the background."""
+    if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io.poll()
 
 
-class StopOnSignal(pl.callbacks.Checkpoint):
-    """On Ctrl-C lets the step under way end, saves a checkpoint and raises `Stopped`; a second Ctrl-C stops at once.
+def join(trainer: pl.Trainer) -> None:
+    """Waits until what is being saved in the background is safe; raises what has gone wrong with it."""
+    if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io.join()
 
-    Lightning's own answer to Ctrl-C drops the step wherever it is and saves nothing. Being a `Checkpoint`, this runs
-    after all other callbacks of a step. Processes of a data loader inherit the handler and so outlive the Ctrl-C, which
-    a terminal sends to all of them.
-    """
 
-    def __init__(self) -> None:
-        self.began = False
-        self._asked = False
-        self._saved = False
-        self._previous_step = 0
-        self._previous: Mapping[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, self._ask)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @property
-    def asked(self) -> bool:
-        """Whether the user asked this process to stop."""
-        return self._asked
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on an error is training's own."""
-        self.began = True
-        self._previous_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves behind an optimizer step, never among gradients that are still being gathered."""
-        stepped = trainer.global_step > self._previous_step
-        self._previous_step = trainer.global_step
-        if not stepped or not self._agreed(trainer):
-            return
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, Checkpoints):
-                callback.save(trainer)
-        self._saved = True
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Stops, now that the saved step's metrics are logged.
-
-        Raises:
-            Stopped: the user asked for it and the checkpoint is saved.
-        """
-        if self._saved:
-            raise Stopped
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops before a validation rather than after it.
-
-        Raises:
-            Stopped: the user asked for it and the checkpoint is saved.
-        """
-        if self._saved:
-            raise Stopped
-
-    def _agreed(self, trainer: pl.Trainer) -> bool:
-        if trainer.world_size == 1:
-            return self._asked
-        if trainer.global_step % AGREE_EVERY:
-            return False
-        return trainer.strategy.reduce_boolean_decision(self._asked, all=False)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
+def _expected_bytes(module: pl.LightningModule) -> int:
+    """What a checkpoint will take: the state that is not frozen, and Adam's two moments."""
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    kept = drop_frozen(module, dict(module.named_parameters()))
+    return sum(parameter.nbytes for parameter in kept.values()) + 2 * trained

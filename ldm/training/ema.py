@@ -32,15 +32,18 @@ class EMA(nn.Module, Generic[Module]):
     @torch.no_grad()
     def update(self, trained: Module, *, num_updates: int) -> None:
         """Moves the average towards `trained`, which has had num_updates optimizer steps before."""
-        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         pairs = [
-            (average.data, p.data)
+            (average.data, p.data.to(average.dtype))
             for average, p in zip(self.module.parameters(), trained.parameters(), strict=True)
             if p.requires_grad
         ]
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], self.weight(num_updates))
         for latest, buffer in zip(self.module.buffers(), trained.buffers(), strict=True):
             latest.copy_(buffer)
+
+    def weight(self, num_updates: int) -> float:
+        """Of the newest parameters in the average, after num_updates steps before theirs."""
+        return 1 - min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     def train(self, mode: bool = True) -> EMA[Module]:
         """Stays in evaluation mode: an average is never trained."""

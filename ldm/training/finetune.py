@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser
 from ldm.diffusion.weightings import Weighting
 from ldm.generation import SamplingSettings
-from ldm.interop import PretrainedModel, open_model
+from ldm.interop import FAMILIES, PretrainedModel, open_model
 from ldm.interop.lora_layers import text_encoders
-from ldm.training.finetune_adapters import Adapter
+from ldm.interop.model import CarriedConditioner
+from ldm.training.finetune_adapters import Adapter, TextualInversion
 from ldm.training.frozen import leave_out_untrained
 from ldm.training.latent_diffusion import LatentDiffusionModule, Trained
 
@@ -72,6 +74,7 @@ class Finetuning(LatentDiffusionModule):
     ) -> None:
         if prior_weight is not None and prior_weight <= 0:
             raise ValueError(f"got prior_weight={prior_weight}, expected a positive number, or null for no prior")
+        _check_is_trainable(pretrained)
         denoiser, conditioner = _reweighted(pretrained.denoiser, weighting), pretrained.conditioner
         if adapter is None:
             conditioner.requires_grad_(False)
@@ -97,14 +100,18 @@ class Finetuning(LatentDiffusionModule):
         self.train()  # pretrained models come in evaluation mode
 
     def on_fit_start(self) -> None:
-        """Refuses data of another autoencoder, or such as does not tell priors where those have a weight."""
+        """Refuses to train for no step, and data that do not fit: without the priors or the new word, too."""
         super().on_fit_start()
-        columns = getattr(self.trainer.datamodule, "columns", ())  # type: ignore[attr-defined]
-        if self.prior_weight is not None and "is_prior" not in columns:
-            raise ValueError(
-                f"got model.prior_weight={self.prior_weight} and data.columns={list(columns)}, expected is_prior among "
-                "them; write the shards with dataset=folder dataset.class_images=FOLDER"
-            )
+        if self.trainer.max_steps == 0:
+            raise ValueError("got trainer.max_steps=0, expected at least 1: without a step nothing is learned")
+
+    def _check_data(self, data: ShardDataModule) -> None:
+        super()._check_data(data)
+        if self.prior_weight is not None:
+            _check_priors(data, self.prior_weight)
+        if isinstance(self.adapter, TextualInversion):
+            captions = (caption for caption, _ in _annotations(data))
+            self.adapter.check_captions(captions, self.trained.conditioner)
 
     def loss(self, batch: dict[str, Any], model: Trained, seed: int, condition_dropout: float) -> Tensor:
         """The diffusion loss (B,) of a batch; that of priors has a weight of its own."""
@@ -120,6 +127,38 @@ class Finetuning(LatentDiffusionModule):
             return written
         model = self.ema.module
         return {**written, **self.adapter.write(model.denoiser, model.conditioner, folder)}
+
+
+def _check_is_trainable(model: PretrainedModel) -> None:
+    """Refuses a network that reads more than latents, and a conditioner that cannot be run: no shards train those."""
+    extra = model.network.in_channels - model.autoencoder.latent_channels
+    if extra or isinstance(model.conditioner, CarriedConditioner):
+        reason = f"whose network reads {extra} channels beside the latents" if extra else "whose conditioner is unknown"
+        known = [name for name, family in FAMILIES.items() if not family.signature["extra_channels"]]
+        raise ValueError(
+            f"checkpoint: got a model of {model.family.name}, {reason}, expected one of {', '.join(known)}; "
+            "fine-tune the base model instead"
+        )
+
+
+def _annotations(data: ShardDataModule) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The caption and the json of every training sample."""
+    dataset = data.dataset("train")
+    return map(dataset.annotation, range(len(dataset)))
+
+
+def _check_priors(data: ShardDataModule, weight: float) -> None:
+    remedy = "write the shards with dataset=folder dataset.class_images=FOLDER, or set model.prior_weight=null"
+    if "is_prior" not in data.columns:
+        raise ValueError(
+            f"got model.prior_weight={weight} and data.columns={list(data.columns)}, expected is_prior among them; "
+            f"{remedy}"
+        )
+    if not any(row.get("is_prior") for _, row in _annotations(data)):
+        raise ValueError(
+            f"got model.prior_weight={weight} and shards without a picture of the class, expected samples with "
+            f"is_prior=1; {remedy}"
+        )
 
 
 def _with_whole_path(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
@@ -141,12 +141,31 @@ class TextualInversion:
         """Writes folder/learned_embeds.safetensors; in a1111's format, folder/<word>.safetensors."""
         tables = [encoder.token_embedding for _, encoder in text_encoders(conditioner)]
         vectors = [table.rows for table in tables if isinstance(table, LearnedTokens)]
-        stem = "learned_embeds" if self.format == "diffusers" else "".join(c for c in self.token if c.isalnum())
+        stem = (
+            "learned_embeds"
+            if self.format == "diffusers"
+            else "".join(c for c in self.token if c.isalnum() or c in "-_")
+        )
         path = folder / f"{stem}.safetensors"
         textual_inversion.write_embedding(path, token=self.token, vectors=vectors, format=self.format)
         return {"embedding": path.name}
 
+    def check_captions(self, captions: Iterable[str], conditioner: Conditioner) -> None:
+        """Raises ValueError where no caption holds the word: its embeddings would stay as they are."""
+        _, encoder = text_encoders(conditioner)[0]
+        first = encoder.token_embedding.num_embeddings - self.num_vectors
+        if not any(max(encoder.tokenizer.encode(caption), default=0) >= first for caption in captions):
+            raise ValueError(
+                f"got model.adapter.token={self.token}, which no caption of data.train holds, expected the word in "
+                f'them; write the shards with dataset=folder dataset.caption="a photo of {self.token}"'
+            )
+
     def _teach(self, encoder: TextEncoder) -> None:
+        if len(encoder.tokenizer.encode(self.token)) == 1:
+            raise ValueError(
+                f"got model.adapter.token={self.token}, a word that the text encoder knows already, expected a new "
+                f"one; set model.adapter.token=my-{self.token}"
+            )
         known = encoder.tokenizer.encode(self.initializer)
         if not known:
             raise ValueError(f"got adapter.initializer={self.initializer!r}, expected a word that says what it is")

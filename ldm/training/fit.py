@@ -1,22 +1,39 @@
-"""Runs Lightning's training: seeds, resumes, stops on Ctrl-C, and tells a wrong setting from a failure."""
+"""Runs Lightning's training: seeds, resumes, stops on signals, goes back, and tells a wrong setting from a failure."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import signal
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from ldm.training.checkpoints import StopOnSignal, Stopped
+from ldm.training.callbacks.preemption import StopOnSignal, Stopped
+from ldm.training.callbacks.spike_guard import Diverged, RolledBack
+from ldm.training.checkpoint_files import Place, StorageError
+from ldm.training.loggers import outlive, outliving
 
 
 class SetupError(Exception):
     """Setting up the data, the model or the devices failed before the first step; the cause says why."""
+
+
+class Preempted(Exception):
+    """A signal other than Ctrl-C's stopped training; what had to be saved is saved.
+
+    Args:
+        number: the signal.
+        requeued: whether the job is back in SLURM's queue.
+    """
+
+    def __init__(self, number: signal.Signals, *, requeued: bool) -> None:
+        super().__init__(f"stopped by {number.name}")
+        self.number, self.requeued = number, requeued
 
 
 class ConfigInCheckpoint(pl.Callback):
@@ -55,29 +72,46 @@ def fit(
     config: dict[str, Any],
     callbacks: Sequence[pl.Callback],
     loggers: Sequence[Logger],
-    checkpoint: Path | None,
+    checkpoint: Place | None,
 ) -> bool:
-    """Trains to the end, from a checkpoint if there is one; returns False where the user stopped it before.
+    """Trains to the end, from a checkpoint if there is one; returns False where Ctrl-C stopped it before.
+
+    A `StopOnSignal` among the callbacks says which other signals stop it; without one, its defaults hold. A logger
+    that fails once training has begun, or when a run goes on, is switched off.
 
     Args:
+        make_trainer: called once more for each time that training goes back to a checkpoint.
         config: the run's, for `ConfigInCheckpoint`.
 
     Raises:
+        Preempted: a signal other than Ctrl-C's stopped it.
+        Diverged: `SpikeGuard` gave up.
+        StorageError: checkpoints cannot be written.
         SetupError: something was wrong before the first step.
     """
     _quieten()
-    stop = StopOnSignal()
+    stop = next((one for one in callbacks if isinstance(one, StopOnSignal)), None) or StopOnSignal()
+    others = [one for one in callbacks if one is not stop]
+    goes_on = checkpoint is not None
+    outlive(loggers, begun=lambda: stop.began or goes_on)
     with stop:
         try:
-            trainer = make_trainer(callbacks=[*callbacks, ConfigInCheckpoint(config), stop], logger=list(loggers))
-            trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+            while True:
+                trainer = make_trainer(callbacks=[*others, ConfigInCheckpoint(config), stop], logger=list(loggers))
+                back = _fit_once(trainer, model, data, checkpoint)
+                if back is None:
+                    return True
+                checkpoint = back
+                # The replaced strategy's hooks on the model go with it.
+                del trainer
+                gc.collect()
         except Stopped:
             leave_group()
-            return False
         except SystemExit:
-            # How Lightning ends on a KeyboardInterrupt: here, a second Ctrl-C.
-            if stop.asked:
-                return False
+            # How Lightning ends on a KeyboardInterrupt: here, the second signal.
+            if not stop.asked:
+                raise
+        except (Diverged, StorageError):
             raise
         except Exception as error:
             if stop.began:
@@ -85,14 +119,28 @@ def fit(
             raise SetupError(str(error)) from error
         finally:
             _close(loggers, began=stop.began)
-    return True
+    if stop.asked in (None, signal.SIGINT):
+        return False
+    raise Preempted(stop.asked, requeued=stop.put_back())
+
+
+def _fit_once(
+    trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Place | None
+) -> Place | None:
+    """Trains; returns the checkpoint to go back to, or None at the end."""
+    try:
+        trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except RolledBack as back:
+        return back.checkpoint
+    return None
 
 
 def _close(loggers: Sequence[Logger], *, began: bool) -> None:
     """Ends W&B's run: it is one of a process, so that the next job of a sweep would go on in it."""
     for logger in loggers:
         if began and isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+            with outliving(logger):
+                logger.experiment.finish()
 
 
 def leave_group() -> None:

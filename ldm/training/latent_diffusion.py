@@ -85,10 +85,26 @@ class LatentDiffusionModule(pl.LightningModule):
         self.sampling = sampling
 
     def on_fit_start(self) -> None:
-        """Refuses moments of another autoencoder: they would train, and decode to noise."""
+        """Refuses data that do not fit the model: moments of another autoencoder would train, and decode to noise."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        found = data.dataset("train").encoder_sha256 if isinstance(data, ShardDataModule) else None
-        own = weights_sha256(self.autoencoder)
+        if isinstance(data, ShardDataModule):
+            self._check_data(data)
+
+    def _check_data(self, data: ShardDataModule) -> None:
+        columns = self.trained.conditioner.columns
+        if missing := [name for name in columns if name not in data.columns]:
+            wanted = ",".join(dict.fromkeys([*data.columns, *columns]))
+            raise ValueError(
+                f"got data.columns={list(data.columns)}, expected {', '.join(missing)} too, which this model is told; "
+                f"set data.columns=[{wanted}]"
+            )
+        unit = self.autoencoder.downsampling_factor * getattr(self.trained.denoiser.network, "downsampling_factor", 1)
+        if data.resolution is not None and data.resolution % unit:
+            raise ValueError(
+                f"got data.resolution={data.resolution}, expected a multiple of {unit}, which the autoencoder and the "
+                f"network divide by; set data.resolution={max(unit, round(data.resolution / unit) * unit)}"
+            )
+        found, own = data.dataset("train").encoder_sha256, weights_sha256(self.autoencoder)
         if found not in (None, own):
             raise ValueError(
                 f"got latent shards of the autoencoder {found[:12]}, expected {own[:12]}, the one that decodes; "

@@ -1,15 +1,18 @@
-"""metrics.csv: a logger that goes on where a killed run stopped."""
+"""metrics.csv: a logger that goes on where a killed run stopped; and loggers that may fail without ending a run."""
 
 from __future__ import annotations
 
 import csv
 import os
+import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 
@@ -49,8 +52,8 @@ class MetricsCSV(Logger):
         """Writes one row, or adds to the last one what is logged for the same step."""
         if not metrics:
             return
-        if self._columns is None:
-            self._columns = self._take_up(step)
+        if self._columns is None or _goes_back(self._last_row, step):
+            self._columns, self._last_row = self._take_up(step), {}
         joins = self._last_row.get("step") == step and not self._last_row.keys() & metrics.keys()
         self._last_row = {**(self._last_row if joins else {"step": step}), **metrics}
         new = sorted(name for name in metrics if name not in self._columns)
@@ -96,3 +99,69 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self.path)
+
+
+def _goes_back(row: Mapping[str, Any], step: int | None) -> bool:
+    """Whether a step lies before the last row's, as after going back to a checkpoint."""
+    return step is not None and row.get("step") is not None and step < int(row["step"])
+
+
+# What Lightning and our callbacks call.
+_CALLS = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "after_save_checkpoint", "finalize")
+
+
+def outlive(loggers: Iterable[Logger], *, begun: Callable[[], bool]) -> None:
+    """Makes each logger warn once and fall silent where it raises, instead of ending the run.
+
+    Args:
+        begun: whether the run has; before, what a logger raises is a mistake in its settings, and is raised.
+    """
+    for logger in loggers:
+        kind = type(logger)
+        if not hasattr(kind, "fall_silent"):
+            # A subclass, not a wrapper: callbacks ask what kind of logger one is.
+            logger.__class__ = _outlived(kind)
+        vars(logger).update(_run_has_begun=begun, _is_silent=False)
+
+
+@contextmanager
+def outliving(logger: Logger) -> Iterator[None]:
+    """Around what is asked of a logger's `experiment`: a logger of `outlive` falls silent where that raises."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(logger, "fall_silent"):
+            raise
+        logger.fall_silent(error)
+
+
+def _outlived(kind: type[Logger]) -> type[Logger]:
+    """The same kind of logger, whose calls fall silent instead of raising."""
+    calls: dict[str, Any] = {name: _call(getattr(kind, name)) for name in _CALLS if hasattr(kind, name)}
+    if hasattr(kind, "experiment"):
+        experiment = _call(kind.experiment.__get__, otherwise=DummyExperiment)
+        calls["experiment"] = property(experiment)
+    return type(kind.__name__, (kind,), {**calls, "fall_silent": _fall_silent})
+
+
+def _call(method: Callable[..., Any], *, otherwise: Callable[[], Any] = lambda: None) -> Callable[..., Any]:
+    """The method, or what `otherwise` gives where that raises, and ever after."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._is_silent:
+            return otherwise()
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.fall_silent(error)
+        return otherwise()
+
+    return call
+
+
+def _fall_silent(self: Any, error: Exception) -> None:
+    if not self._run_has_begun():
+        raise error
+    self._is_silent = True
+    line = " ".join(f"{type(self).__name__}: {type(error).__name__}: {error}".split())
+    warnings.warn(f"{line}; it logs no more, training goes on", stacklevel=3)

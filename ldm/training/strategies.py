@@ -5,10 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Literal
 
-from pytorch_lightning.strategies import FSDPStrategy
-
 from ldm.conditioners import ClassLabel, TextTransformer
 from ldm.networks import UNet
+from ldm.training.checkpoint_sharded import SealedFSDP
 
 
 def fsdp(
@@ -16,7 +15,7 @@ def fsdp(
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
     state_dict_type: Literal["full", "sharded"] = "full",
     timeout_minutes: float = 10,
-) -> FSDPStrategy:
+) -> SealedFSDP:
     """Fully sharded data parallelism, on GPUs.
 
     Each trained module is wrapped whole, and its moving average likewise: only then do both have the same shards on a
@@ -25,7 +24,7 @@ def fsdp(
     Args:
         state_dict_type: "full" gathers one file on rank 0, readable by any number of devices.
     """
-    return FSDPStrategy(
+    return SealedFSDP(
         auto_wrap_policy={UNet, TextTransformer, ClassLabel},
         sharding_strategy=sharding_strategy,
         state_dict_type=state_dict_type,

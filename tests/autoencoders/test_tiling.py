@@ -11,7 +11,6 @@ from ldm.autoencoders import (
     IdentityAutoencoder,
     KLAutoencoder,
     VQAutoencoder,
-    decode_sliced,
     decode_tiled,
     encode_tiled,
 )
@@ -108,16 +107,6 @@ def test_seams_of_encoded_tiles_are_bounded() -> None:
 
     print(f"rms {error:.3f}, step {step:.2f}")
     assert error < 0.1 and step < 0.5
-
-
-def test_one_picture_at_a_time_gives_the_same_pictures() -> None:
-    autoencoder, latents, seen = small(), random(3, 4, 6, 5), []
-    with torch.no_grad():
-        whole = autoencoder.decode(latents)
-    autoencoder.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-
-    assert_close(decode_sliced(autoencoder, latents), whole, rtol=1e-4, atol=1e-5)
-    assert seen == [1, 1, 1]
 
 
 def test_tiles_in_half_precision_are_added_up_in_float32() -> None:

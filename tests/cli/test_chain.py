@@ -108,6 +108,18 @@ def test_a_result_from_outside_the_chain_is_the_newest_finished_run(ldm: Callabl
     assert f"folder: {newest}\n" in (only(folder, "runs/toy/*") / "config.yaml").read_text()
 
 
+def test_a_missing_result_names_the_command_that_makes_it(
+    ldm: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, command in {
+        "folder": "ldm shard dataset=folder",
+        "finetune_lora": "ldm train experiment=finetune/lora",
+        "quickstart": "ldm train experiment=quickstart",
+    }.items():
+        assert ldm("train", "experiment=toy", f"data.folder='${{result:{name}}}'") == 2
+        assert f"run `{command}` first" in capsys.readouterr().err
+
+
 def test_another_input_makes_another_run(ldm: Callable[..., int], folder: Path) -> None:
     for count in (3, 4):
         ldm("shard", "dataset=toy_rows", f"dataset.count={count}")

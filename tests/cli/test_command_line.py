@@ -38,7 +38,7 @@ def test_a_commands_help_says_what_it_does_and_lists_its_groups(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
     assert printed.startswith(f"ldm {command}: {COMMANDS[command]}\n")
@@ -49,8 +49,8 @@ def test_a_commands_help_says_what_it_does_and_lists_its_groups(
     ("words", "code"),
     [
         (["--help"], 0),
-        *[([command, "--help"], 0) for command in COMMANDS],
-        *[([command, "--cfg", "job"], 0) for command in COMMANDS],
+        *[([*command.split(), "--help"], 0) for command in COMMANDS],
+        *[([*command.split(), "--cfg", "job"], 0) for command in COMMANDS],
         (["train", "optimiser.lr=1"], 2),
         (["train", "sampler=huen"], 2),
         (["train", *CONFIG_DIR, "experiment=toy", "+trainer.max_stepz=1"], 2),
@@ -75,6 +75,20 @@ def test_the_root_doors_are_the_commands(door: str, command: str, tmp_path: Path
     done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith(f"ldm {command}:")
+
+
+def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:
+    lines = [
+        "import warnings",
+        "from ldm.cli.main import main",
+        'main(["train", "--cfg", "job"])',
+        'warnings.warn("so and so")',
+    ]
+    probe = "\n".join(lines)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.stderr == "warning: so and so\n"
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -18,6 +18,9 @@ MESSAGES = {
     ("train", TOY, "experimnt=x"): f"experimnt: there is no such setting; did you mean experiment? {SHOWS_ALL}",
     ("train", TOY, "zzz=3"): f"zzz: there is no such setting; {SHOWS_ALL}",
     ("train", "experiment=toi"): "experiment=toi: there is no such option; did you mean toy? Options: ",
+    ("train", "experiment=finetune/lra"): (
+        "experiment=finetune/lra: there is no such option; did you mean finetune/lora? Options: "
+    ),
     ("train", TOY, "strategy=dpp"): (
         "strategy=dpp: there is no such option; did you mean ddp? Options: auto, ddp, ddp_find_unused, fsdp"
     ),
@@ -54,7 +57,7 @@ MESSAGES = {
     ("sample",): "prompt: got none; write prompt=",
     ("sample", "prompt=a", "prompt_file=b"): "prompt and prompt_file: got both, expected one of them; leave one out",
     ("sample", "prompt_file=nix.txt"): "prompt_file: got nix.txt, which is not a file; expected one prompt a line",
-    ("sample", "prompt=a", "num_images=0"): "num_images: got 0, expected at least 1",
+    ("sample", "prompt=a", "num_images=0"): "num_images: got 0, expected a positive integer",
     ("sample", "prompt=a"): "no finished run under ",
     (
         "sample",
@@ -83,7 +86,7 @@ def test_a_mistake_is_one_line(
         (["trainer.precision=17"], "Precision 17 is invalid"),
         (["++trainer.max_stepz=3"], "pytorch_lightning.Trainer takes no 'max_stepz'; did you mean max_steps?"),
         (["data.folder=nowhere"], "no data in nowhere; write it first"),
-        (["callback.checkpoint.keep=0"], "callback.checkpoint: keep: got 0, expected at least 1"),
+        (["callback.checkpoint.keep=0"], "callback.checkpoint: keep: got 0, expected at least 2"),
     ],
 )
 def test_what_a_constructor_refuses_is_one_line_and_leaves_no_folder(

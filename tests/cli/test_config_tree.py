@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.chain import plan
-from ldm.cli.compose import conf_folder
+from ldm.cli.compose import conf_folder, config_name
 from ldm.cli.main import COMMANDS
 
 CONF = conf_folder()
@@ -22,10 +22,14 @@ EXPERIMENTS = [file.removeprefix("experiment/") for file in FILES if file.starts
 # Groups that only this command composes.
 COMMAND_OF_GROUP = {
     "dataset": "shard",
+    "filter": "data filter",
     "task": "sample",
     "memory": "sample",
     "postprocess": "sample",
     "metric": "evaluate",
+    "space": "sweep",
+    "search": "sweep",
+    "pruner": "sweep",
 }
 # Groups that no command chooses from by itself.
 APPENDED = {"metric"}
@@ -46,7 +50,7 @@ def compose_part(file: str) -> DictConfig:
         return compose(command_of(option), overrides=[f"experiment={option}"])
     choice = f"{group}=[{option}]" if group == "callback" else f"{group}={option}"
     if group in COMMAND_OF_GROUP:
-        return compose(COMMAND_OF_GROUP[group], overrides=[f"+{choice}" if group in APPENDED else choice])
+        return compose(config_name(COMMAND_OF_GROUP[group]), overrides=[f"+{choice}" if group in APPENDED else choice])
     # By itself: an experiment adds settings of its own to the parts that it chose.
     return compose("train", overrides=["~experiment", choice])
 
@@ -81,7 +85,7 @@ def bind(place: str, node: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes_and_its_targets_take_their_settings(command: str) -> None:
-    for place, node in targets(OmegaConf.to_container(compose(command))):
+    for place, node in targets(OmegaConf.to_container(compose(config_name(command)))):
         bind(place, node)
 
 
@@ -120,9 +124,10 @@ def test_every_experiment_requires_commands_that_compose(experiment: str) -> Non
 
 def test_every_file_is_composed_by_one_of_these_tests() -> None:
     primaries = [file for file in FILES if "/" not in file]
-    assert sorted(primaries) == sorted(COMMANDS)
+    names = [config_name(command) for command in COMMANDS]
+    assert sorted(primaries) == sorted(names)
     settings_of_hydra = [file for file in FILES if file.startswith("hydra/")]
-    assert settings_of_hydra == sorted(["hydra/output/none", *(f"hydra/help/{command}" for command in COMMANDS)])
+    assert settings_of_hydra == sorted(["hydra/output/none", *(f"hydra/help/{name}" for name in names)])
     assert sorted([*primaries, *settings_of_hydra, *PARTS]) == FILES
 
 

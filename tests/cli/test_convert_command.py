@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm as package
 from ldm.autoencoders import KLAutoencoder
+from ldm.cli.convert import refuse_new_words
 from ldm.cli.foreign import pretrained_of
 from ldm.conditioners import CLIPText, OpenCLIPText, TextTransformer, WordTokenizer
 from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
@@ -140,7 +141,7 @@ def test_what_was_trained_here_goes_to_diffusers_and_back(tmp_path: Path) -> Non
     own = own_pipeline()
     model = pretrained_of(own)
     notes = write_diffusers(model, tmp_path / "folder")
-    assert any("no pipeline" in note for note in notes)
+    assert any("no pipeline of diffusers samples a U-Net from 4 to 4 channels" in note for note in notes)
     for architecture, place in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         report = architecture.from_pretrained(tmp_path / "folder" / place, output_loading_info=True)[1]
         assert not any(report.values()), report
@@ -156,7 +157,7 @@ def test_what_was_trained_here_goes_to_diffusers_and_back(tmp_path: Path) -> Non
 
 
 def test_what_was_trained_here_goes_to_a_compvis_file_where_its_code_has_the_same_norms(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="norm_groups 8, expected"):
+    with pytest.raises(ValueError, match="norm_groups 8 in its U-Net and norm_groups 8 in its autoencoder, expected"):
         open_and_write(own_pipeline(), tmp_path)
     own = own_pipeline(norm_groups=16)
     with pytest.raises(ValueError, match="norm_groups 16"):
@@ -216,12 +217,39 @@ def test_mistakes_are_one_line(first: Path, second: Path, folder: Path, fails: C
     assert "prediction=epsilon" in fails(f"source={second}", "out=a")
     assert "family=sd1" in fails(f"source={first}", "out=a", "family=sdxl")
     assert "expected one of epsilon" in fails(f"source={first}", "out=a", "prediction=noise")
+    assert "no moving average" in fails(f"source={first}", "out=a", "ema=false")
+    assert "holds all its parts" in fails(f"source={first}", "out=a", f"base={first}")
     assert "no file" in fails("source=absent.safetensors", "out=a")
     assert "exists already" in fails(f"source={first}", "out=there")
     assert "did you mean diffusers" in fails(f"source={first}", "out=a", "format=difusers")
     assert "dtype: got int8" in fails(f"source={first}", "out=a", "dtype=int8")
     assert "source: got none" in fails("out=a")
+    for name in ("a.ckpt", "a.pt", "a.pth", "a.bin"):
+        assert "expected NAME.safetensors, or a folder" in fails(f"source={first}", f"out={name}")
+        assert "expected a folder" in fails(f"source={first}", f"out={name}", "format=diffusers")
+        assert not (folder / name).exists()
+    assert "expected a folder" in fails(f"source={first}", "out=b.safetensors", "format=diffusers")
     assert not (folder / "a").exists()
+
+
+def test_a_text_encoder_that_other_programs_compute_otherwise_is_noted(
+    first: Path, folder: Path, ldm: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_diffusers(open_model(first), folder / "made")
+    config = folder / "made/text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "gelu"}))
+    assert ldm("convert", "source=made", "out=back.safetensors") == 0
+    assert "only ldm reads hidden_act gelu of the text encoder" in capsys.readouterr().out
+    again = open_model(folder / "back.safetensors").conditioner
+    assert again.tower.config.hidden_act == "gelu"  # type: ignore[union-attr]
+
+
+def test_a_model_that_was_taught_a_word_is_refused_with_what_to_do(first: Path) -> None:
+    pipeline = package.load(first, device="cpu")
+    assert isinstance(pipeline.conditioner, CLIPText)
+    pipeline.conditioner.add_tokens(["<cat>"], torch.zeros(1, 1, 64))
+    with pytest.raises(ValueError, match="was taught <cat>, expected one with CLIP's own words; convert the model"):
+        refuse_new_words(pretrained_of(pipeline))
 
 
 def test_load_refuses_what_a_run_of_ours_says_itself(tmp_path: Path) -> None:

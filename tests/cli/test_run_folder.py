@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.errors import UserError
 from ldm.cli.provenance import REDACTED, is_secret, redact, redact_override
-from ldm.cli.run_folder import RunFolder, finished_runs, is_whole, latest_finished, run_folder_of
+from ldm.cli.run_folder import RunFolder, finished_runs, latest_finished, run_folder_of
+from ldm.training.checkpoint_files import is_valid
 
 
 def config(**changes: object) -> DictConfig:
@@ -122,8 +123,8 @@ def test_only_finishing_marks_a_run_as_finished(run: RunFolder) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ldm.cli.run_folder import _locked
-with _locked(Path(sys.argv[1])):
+from ldm.cli.run_folder import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -161,11 +162,11 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(kept: float, run: R
 
 def test_a_flipped_byte_is_seen_without_unpickling(tmp_path: Path) -> None:
     path = save(tmp_path / "step=1.ckpt", 1)
-    assert is_whole(path)
+    assert is_valid(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert not is_whole(path)
+    assert not is_valid(path)
 
 
 def test_a_fresh_run_has_nothing_to_resume(run: RunFolder) -> None:

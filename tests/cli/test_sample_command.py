@@ -5,17 +5,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cli_helpers import CONFIG_DIR, only, read_json
 from PIL import Image
 
-from ldm.cli.errors import UserError
 from ldm.cli.main import main
-from ldm.cli.sample import prompts_left_out
-from ldm.conditioners import ClassLabel, Unconditional
 
 PROMPT = "a red handwritten seven on a blue background"
 
@@ -113,15 +109,6 @@ def test_a_checkpoint_and_its_run_folder_are_the_same_model(sample: Callable[...
     np.testing.assert_array_equal(from_folder, from_file)
 
 
-def test_an_empty_prompt_file_is_one_line(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(workplace)
-    (tmp_path / "empty.txt").write_text("\n\n")
-    assert main(["sample", f"prompt_file={tmp_path / 'empty.txt'}"]) == 2
-    assert "without a line of text; expected one prompt a line" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -157,7 +144,8 @@ def test_evaluate_measures_again_with_other_settings_beside_the_first(
         "++evaluation.num_pictures=2",
         f"out={tmp_path / 'again'}",
     ]
-    assert main(["evaluate", *overrides]) == 0
+    assert main(["evaluate", *overrides]) == 2  # its evaluation is none of ours
+    assert main(["evaluate", *overrides, "trust=[toy_training]"]) == 0
     assert read_json(tmp_path / "again" / "evaluation.json") == {"pictures": 2}
     assert "pictures  2" in capsys.readouterr().out
     assert read_json(only(workplace, "runs/toy_pictures/*/evaluation.json")) == {"pictures": 3}
@@ -228,11 +216,23 @@ def test_variations_are_of_the_first_seed(sample: Callable[..., Path]) -> None:
     ]
 
 
+def test_a_varied_picture_is_named_by_both_seeds(sample: Callable[..., Path]) -> None:
+    out = sample("task=variations", "amount=0.5", f"prompt={PROMPT}", "seeds=[3,7]")
+    entry = read_json(out / "samples.json")[1]
+    assert entry["file"].endswith("_3-7.png")
+    text = Image.open(out / entry["file"]).text
+    assert json.loads(text["ldm"]) == entry
+    assert "Seed: 3, Variation seed: 7, Variation strength: 0.5, " in text["parameters"]
+    assert "Variation" not in Image.open(only(out, "00000_*_3.png")).text["parameters"]
+
+
 def test_interpolation_is_a_gif_and_its_frames(sample: Callable[..., Path]) -> None:
     out = sample("task=interpolate", f"prompt={PROMPT}", "to=a blue, (handwritten) two", "num_frames=3", "seeds=[1,2]")
     entries = read_json(out / "samples.json")
     assert [entry.get("amount") for entry in entries] == [None, pytest.approx(1 / 3), pytest.approx(2 / 3), None]
-    assert entries[1]["other_prompt"] == "a blue, (handwritten) two"
+    assert (entries[1]["other_prompt"], entries[1]["other_seed"]) == ("a blue, (handwritten) two", 2)
+    frame = Image.open(only(out, "00001_*_1-2.png")).text["parameters"]
+    assert 'Variation prompt: "a blue, (handwritten) two", Variation seed: 2, Variation strength: 0.33' in frame
     with Image.open(out / "animation.gif") as animation:
         assert (animation.n_frames, animation.info["duration"], animation.info["loop"]) == (4, 120, 0)
 
@@ -249,7 +249,9 @@ def test_previews_and_trajectories(sample: Callable[..., Path], capsys: pytest.C
     names = [entry["file"].removesuffix(".png") for entry in read_json(out / "samples.json")]
     previews = {path.name for path in (out / "previews").iterdir()}
     assert previews == {f"{name}_step{step:04d}.png" for name in names for step in (2, 4)}
-    assert "pictures 3 to 3 of 3: step 4 of 5" in capsys.readouterr().out
+    printed = "".join(capsys.readouterr().out.split())
+    assert "pictures3to3of3:step4of5" in printed
+    assert all(f"{name}{out / name}" in printed for name in ("previews", "trajectories"))
     for name in names:
         strip = np.asarray(Image.open(out / "trajectories" / f"{name}.png"))
         assert strip.shape == (2 * 34 + 2, 5 * 34 + 2, 3)
@@ -308,11 +310,41 @@ MISTAKES = {
         [*INPUT, "image=image.png", "strenght=0.5"],
         "strenght: there is no such setting; did you mean strength?",
     ),
+    "negative without effect": (
+        [f"prompt={PROMPT}", "negative_prompt=blue", "guidance.scale=1"],
+        "got the negative prompt 'blue' with guidance.scale=1, at which it has no effect; expected another scale",
+    ),
+    "no lines": (["prompt_file=blank.txt"], "prompt_file: got blank.txt without a line of text; expected one prompt a"),
     "no task": (["task=inpain", f"prompt={PROMPT}"], "task=inpain: there is no such option; did you mean inpaint?"),
     "seeds": ([f"prompt={PROMPT}", "seeds=[1,2]", "num_images=3"], "seeds and num_images: got both, expected one"),
     "seeds no list": ([f"prompt={PROMPT}", "seeds=5"], "seeds: got 5, expected a list of integers, such as [1,7,9]"),
     "seeds empty": ([f"prompt={PROMPT}", "seeds=[]"], "seeds: got an empty list"),
-    "lora": ([f"prompt={PROMPT}", "lora=[[1,2,3]]"], "lora: got [[1, 2, 3]], expected a file, or a list of files"),
+    "lora": ([f"prompt={PROMPT}", "lora=[[1,2,3]]"], "lora: got [[1, 2, 3]], expected a file, [file, scale], or"),
+    "lora number": ([f"prompt={PROMPT}", "lora=0.5"], "lora: got 0.5, expected a file, [file, scale], or a list"),
+    "lora word": ([f"prompt={PROMPT}", "lora=[[a,b]]"], "lora: got [['a', 'b']], expected a file, [file, scale], or"),
+    "embedding": ([f"prompt={PROMPT}", "embedding=5"], "embedding: got 5, expected a file, or a list of files"),
+    "steps word": ([f"prompt={PROMPT}", "steps=abc"], "steps: got abc, expected a positive integer"),
+    "steps fraction": ([f"prompt={PROMPT}", "steps=2.5"], "steps: got 2.5, expected a positive integer"),
+    "seed": ([f"prompt={PROMPT}", "seed=1.5"], "seed: got 1.5, expected an integer"),
+    "scale": ([f"prompt={PROMPT}", "guidance.scale=abc"], "guidance.scale: got abc, expected a number"),
+    "rescale": ([f"prompt={PROMPT}", "guidance.rescale=[1]"], "guidance.rescale: got [1], expected a number"),
+    "interval": ([f"prompt={PROMPT}", "guidance.interval=2"], "guidance.interval: got 2, expected two noise levels"),
+    "interval word": (
+        [f"prompt={PROMPT}", "guidance.interval=[a,b]"],
+        "guidance.interval: got ['a', 'b'], expected two noise levels: [lowest,highest]",
+    ),
+    "negative side": (
+        ["task=outpaint", f"prompt={PROMPT}", "image=image.png", "left=-16"],
+        "got a negative number in left=-16, right=0",
+    ),
+    "no model": (
+        [f"prompt={PROMPT}", "checkpoint=empty"],
+        "checkpoint: got empty, which holds no weights and no whole checkpoint (an unfinished run?); expected a run",
+    ),
+    "retouching": (
+        [f"prompt={PROMPT}", "postprocess=[sharpn]"],
+        "postprocess=sharpn: there is no such option; did you mean sharpen? Options: denoise, match_color",
+    ),
     "lora missing": ([f"prompt={PROMPT}", "lora=nowhere.safetensors"], "got nowhere.safetensors"),
     "prediction": ([f"prompt={PROMPT}", "prediction=v"], "got prediction= for "),
     "reference": ([f"prompt={PROMPT}", "postprocess=match_color"], "postprocess.match_color.reference has no value"),
@@ -335,6 +367,8 @@ def test_bad_input_is_one_line(
     whole = drawn("image.png").read_bytes()
     drawn("odd.png", (33, 30)), drawn("pixel.png", (1, 1))
     (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
     assert main(["sample", f"paths.runs={workplace / 'runs'}", "out=made", *overrides]) == 2
     printed = capsys.readouterr().err
@@ -343,13 +377,23 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "made").exists()
 
 
+def test_out_is_a_new_folder(sample: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = sample(f"prompt={PROMPT}")
+    (tmp_path / "cat.png").touch()
+    capsys.readouterr()
+    for place, message in {
+        out: f"out: got {out}, which holds pictures (samples.json); name another, or remove it",
+        tmp_path / "cat.png": f"out: got {tmp_path / 'cat.png'}, but {tmp_path / 'cat.png'} is a file; expected",
+        tmp_path / "cat.png" / "made": f"out: got {tmp_path / 'cat.png' / 'made'}, but {tmp_path / 'cat.png'} is a",
+    }.items():
+        # Found before the model is looked for.
+        assert main(["sample", f"prompt={PROMPT}", "checkpoint=nowhere", f"out={place}"]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: {message}")
+        assert printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "LA"])
 def test_pictures_of_any_mode_are_read(mode: str, sample: Callable[..., Path], drawn: Callable[..., Path]) -> None:
     out = sample("task=image_to_image", f"image={drawn(mode=mode)}", f"prompt={PROMPT}")
     assert Image.open(only(out, "00000*")).mode == "RGB"
-
-
-def test_only_a_model_without_conditions_does_without_a_prompt() -> None:
-    assert prompts_left_out(SimpleNamespace(conditioner=Unconditional())) == [""]
-    with pytest.raises(UserError, match=r"^prompt: got none"):
-        prompts_left_out(SimpleNamespace(conditioner=ClassLabel(10, width=8)))

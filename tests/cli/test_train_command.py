@@ -1,6 +1,7 @@
 """`ldm train` from start to result: what it writes, how it stops, how it goes on."""
 
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -8,12 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_helpers import CONFIG_DIR, ROOT, environment, only, read_json
 
-from ldm.training.checkpoints import AGREE_EVERY
+from ldm.training import checkpoint_io
+from ldm.training.callbacks.preemption import AGREE_EVERY
+from ldm.training.checkpoint_parts import read
 
 TOY = "experiment=toy"
 
@@ -28,7 +32,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / f"step={step:09d}.ckpt", weights_only=True)["state_dict"]
+    return read(run / "checkpoints" / f"step={step:09d}.ckpt")["state_dict"]
 
 
 def test_a_run_leaves_config_command_environment_metrics_checkpoints_and_result(
@@ -57,7 +61,7 @@ def test_a_run_leaves_config_command_environment_metrics_checkpoints_and_result(
 
 def test_a_checkpoint_holds_the_config_that_made_it(ldm: Callable[..., int], folder: Path) -> None:
     ldm("train", TOY, "trainer.max_steps=1")
-    checkpoint = torch.load(only(folder, "runs/toy/*/checkpoints/*"), weights_only=True)
+    checkpoint = read(only(folder, "runs/toy/*/checkpoints/*"))
     assert checkpoint["config"]["model"]["_target_"] == "toy_training.ToyModel"
     assert checkpoint["config"]["run_dir"] == str(only(folder, "runs/toy/*"))
 
@@ -100,12 +104,69 @@ def test_a_truncated_newest_checkpoint_costs_only_the_steps_since_the_one_before
 ) -> None:
     ldm("train", TOY, "model.kill_at=7")
     newest = only(folder, "runs/toy/*/checkpoints/step=000000008.ckpt")
-    newest.write_bytes(newest.read_bytes()[:500])
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
     assert ldm("train", TOY, "model.kill_at=null", f"run_id={newest.parent.parent.name}") == 0
     printed = capsys.readouterr().out
-    assert "step=000000008.ckpt is damaged; going back to an older checkpoint" in printed
+    assert "step=000000008.ckpt is damaged; going back to an older checkpoint (weights.safetensors has 50" in printed
+    assert (newest.parent / "step=000000008.ckpt.corrupt" / "weights.safetensors").is_file()
     assert "going on from" in printed
     assert "step=000000005.ckpt" in printed
+
+
+def test_a_place_that_checkpoints_cannot_be_written_to_ends_in_one_line_and_exit_code_4(
+    ldm: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").touch()
+    assert ldm("train", TOY, f"callback.checkpoint.folder={folder}/file") == 4
+    assert "file: got File exists, expected a folder that checkpoints can be written to" in capsys.readouterr().err
+    assert not list(folder.glob("runs/toy/*/result.json"))
+
+
+@pytest.mark.parametrize("io", ["atomic", "background"])
+def test_a_disk_that_is_full_in_mid_run_ends_in_one_line_and_exit_code_4_and_the_run_goes_on_later(
+    io: str,
+    ldm: Callable[..., int],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = checkpoint_io.write
+
+    def full(place: Path, *arguments: Any, **options: Any) -> Any:
+        if place.name == "step=000000015.ckpt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(place, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint_io, "write", full)
+    words = [TOY, f"checkpoint_io={io}", "model.seconds_per_step=0.02"]
+    assert ldm("train", *words) == 4
+    said = capsys.readouterr().err.splitlines()
+    assert "error: step=000000015.ckpt: could not be saved to" in said[-1]
+    assert "(No space left on device; it needs" in said[-1]
+    run = only(folder, "runs/toy/*")
+    assert saved_steps(run) == [5, 10]
+    assert len(metrics(run)) <= 16
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert ldm("train", *words) == 0
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_checkpoints_in_another_store_are_found_again(
+    ldm: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [TOY, "model.kill_at=7", "callback.checkpoint.folder=memory://store/x", "checkpoint_io=background"]
+    assert ldm("train", *words) == 130
+    assert ldm("train", *words) == 0
+    assert "going on from memory:///store/x/step=000000008.ckpt" in capsys.readouterr().out
+    assert not (only(folder, "runs/toy/*") / "checkpoints").exists()
+
+
+def test_how_checkpoints_are_written_leaves_the_run_the_same(ldm: Callable[..., int], folder: Path) -> None:
+    assert ldm("train", TOY, "model.kill_at=7") == 130
+    assert ldm("train", TOY, "model.kill_at=7", "checkpoint_io=background") == 0
+    assert saved_steps(only(folder, "runs/toy/*")) == [15, 20]
 
 
 def test_a_sweep_makes_a_run_folder_for_each_job_and_no_litter(

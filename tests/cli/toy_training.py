@@ -38,6 +38,8 @@ class ToyModel(pl.LightningModule):
         learning_rate: of SGD.
         fail_at: a step at which training raises, or None.
         kill_at: a step at which the process sends itself `signal_number`, or None.
+        kill_again_after: seconds until it does so once more, or None.
+        nan_from: the step from which the loss is not a number, or None.
         seconds_per_step: waiting time.
     """
 
@@ -49,6 +51,8 @@ class ToyModel(pl.LightningModule):
         fail_at: int | None = None,
         kill_at: int | None = None,
         signal_number: int = signal.SIGINT,
+        kill_again_after: float | None = None,
+        nan_from: int | None = None,
         seconds_per_step: float = 0.0,
     ) -> None:
         super().__init__()
@@ -57,14 +61,20 @@ class ToyModel(pl.LightningModule):
         self.layer = torch.nn.Linear(4, width)
         self.learning_rate, self.fail_at, self.kill_at = learning_rate, fail_at, kill_at
         self.signal_number, self.seconds_per_step = signal_number, seconds_per_step
+        self.kill_again_after, self.nan_from = kill_again_after, nan_from
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         if self.global_step == self.fail_at:
             raise ValueError("training itself went wrong")
         if self.global_step == self.kill_at:
             os.kill(os.getpid(), self.signal_number)
+            if self.kill_again_after is not None:
+                time.sleep(self.kill_again_after)
+                os.kill(os.getpid(), self.signal_number)
         time.sleep(self.seconds_per_step)
         loss = self.layer(batch[0]).square().mean()
+        if self.nan_from is not None and self.global_step >= self.nan_from:
+            loss = loss * float("nan")
         self.log("train/loss", loss)
         return loss
 

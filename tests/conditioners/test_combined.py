@@ -60,6 +60,11 @@ def test_null_and_pairs_are_those_of_the_parts(sdxl: Combined) -> None:
         assert joined.context.shape[1] == 154
 
 
+def test_a_prompt_has_as_many_chunks_as_the_part_that_reads_most() -> None:
+    assert Combined([SizeCrop(dim=8), clip_text(), Unconditional()]).num_chunks("word " * 80) == 2
+    assert Combined([SizeCrop(dim=8)]).num_chunks("word " * 80) == 1
+
+
 def test_dropout_of_all_conditions_is_null(sdxl: Combined) -> None:
     batch = {"caption": ["a fox", "b"], **{name: torch.tensor([64, 32]) for name in SDXL}}
     dropped = sdxl(batch).select(torch.tensor([True, True]), sdxl.null(2))

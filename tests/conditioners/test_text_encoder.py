@@ -101,6 +101,22 @@ def test_a_long_negative_lengthens_the_prompt_too(make: Make) -> None:
     assert context(cond).shape[1] == 154
 
 
+def test_chunks_are_counted_after_the_cut_without_encoding(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make(max_chunks=3)
+    texts = ["", "a (fox:1.2)", "word " * 76, "a BREAK b", "word " * 999]
+    lengths = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for text in texts:
+            lengths.append(context(encoder.prompt_pair([text], [""], image_size=SIZE)[0]).shape[1])
+    assert lengths == [77, 77, 154, 154, 231]
+    # Neither does it warn, as whoever encodes the prompt will.
+    monkeypatch.setattr(encoder, "encode_ids", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [77 * encoder.num_chunks(text) for text in texts] == lengths
+
+
 def test_an_empty_negative_is_null_beside_one_that_is_not(make: Make) -> None:
     """What a picture is led away from is its own affair, not that of its batch."""
     encoder = make(pooled=True, null="zeros")
@@ -115,7 +131,7 @@ def test_an_empty_negative_is_null_beside_one_that_is_not(make: Make) -> None:
 
 def test_more_chunks_than_allowed_are_cut_with_a_warning(make: Make) -> None:
     encoder = make(max_chunks=1)
-    with pytest.warns(UserWarning, match=r"cut the last 5 tokens of a prompt; conditioner\.max_chunks=1"):
+    with pytest.warns(UserWarning, match=r"cut the last 5 tokens of the prompt 'word .*\[\.\.\.\]'; .*max_chunks=1"):
         cond, _ = encoder.prompt_pair(["word " * 80], [""], image_size=SIZE)
     assert_close(cond.parts(), encoder({"caption": ["word " * 80]}).parts())
     with warnings.catch_warnings():

@@ -8,10 +8,11 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+from ldm.autoencoders import KLAutoencoder
 from ldm.conditioners import CLIPText
 from ldm.diffusion import Guidance
 from ldm.generation import ImageToImage, Memory, Order, Pipeline
-from ldm.generation.memory import cast_parameters, dtype_of, halve
+from ldm.generation.memory import MAX_PIXELS, cast_parameters, dtype_of, halve
 from ldm.samplers import Euler
 
 MakePipeline = Callable[..., Pipeline]
@@ -55,6 +56,32 @@ def test_a_text_encoder_of_transformers_works_in_half(make_pipeline: MakePipelin
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     pipeline = make_pipeline(conditioner=CLIPText(sizes)).placed(CPU, memory=Memory(), half=True)
     assert pipeline.images(["a (red:1.3) seven"], seeds=[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(("pixels", "slices"), [(4 * 512 * 512, [5]), (2 * 16 * 24 + 1, [2, 2, 1]), (1, [1] * 5)])
+def test_no_more_pixels_than_the_bound_are_encoded_or_decoded_at_once(
+    pixels: int, slices: list[int], make_pipeline: MakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, seen = make_pipeline(), []
+    images, latents = torch.rand(5, 3, 16, 24) * 2 - 1, torch.randn(5, 4, 8, 12)
+    encoded, decoded = pipeline.encode(images, None), pipeline.decode(latents)
+    for part in (pipeline.autoencoder.encoder, pipeline.autoencoder.decoder):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("ldm.generation.memory.MAX_PIXELS", pixels)
+    assert_close(pipeline.encode(images, None), encoded)
+    assert_close(pipeline.decode(latents), decoded)
+    assert seen == slices * 2
+
+
+def test_four_large_pictures_go_through_the_autoencoder_at_once() -> None:
+    assert MAX_PIXELS == 4 * 512 * 512
+    with torch.device("meta"):
+        autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 1, 1, 1], num_res_blocks=1, norm_groups=4)
+        latents = torch.randn(64, 4, 64, 64)
+    seen: list[int] = []
+    autoencoder.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert Memory().decode(autoencoder, latents).shape == (64, 3, 512, 512)
+    assert seen == [4] * 16
 
 
 def test_tiles_as_large_as_the_picture_change_nothing(make_pipeline: MakePipeline) -> None:

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from ldm.conditioners import CLIPText
+from ldm.conditioners import CLIPText, Combined, Unconditional
 from ldm.diffusion import Guidance
 from ldm.diffusion.schedules import EDM, RectifiedFlow, ScaledLinear, Schedule
 from ldm.generation import Order, Pipeline, SeededNoise, TextToImage, to_pil
@@ -17,6 +18,7 @@ PROMPTS = ["red seven", "blue", "seven blue red", "", "red"]
 SEEDS = [5, 0, 5, 12345, 2**32 - 1]
 # One step of the 255 of a pixel, in images whose values span 2.
 ONE_GREY_LEVEL = 2 / 255
+SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize("sampler", [DDIM(eta=1.0), DDPM(), Heun(), DPMSolverPP2M()], ids=lambda s: type(s).__name__)
@@ -118,6 +120,11 @@ def test_prompts_and_seeds_come_in_equal_number(
         make_pipeline().images(prompts, seeds=seeds)
 
 
+def test_a_text_alone_is_one_prompt(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    assert_close(pipeline.images("red", seeds=[0]), pipeline.images(["red"], seeds=[0]))
+
+
 def test_a_size_that_does_not_divide_is_refused_at_construction_and_in_a_call(make_pipeline: MakePipeline) -> None:
     # The autoencoder divides by 2, the network by 2.
     with pytest.raises(ValueError, match=r"^got a picture of 18x18 pixels, .* multiples of 4, .* set image_size=16$"):
@@ -133,8 +140,7 @@ def test_a_size_that_is_none_is_refused(size: object, make_pipeline: MakePipelin
 
 
 def test_long_prompts_leave_the_pictures_of_short_ones_alone(make_pipeline: MakePipeline) -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    pipeline = make_pipeline(conditioner=CLIPText(sizes))
+    pipeline = make_pipeline(conditioner=CLIPText(SIZES))
     prompts = ["a red seven", "seven " * 200, "a blue seven"]
     lengths = [pipeline.conditions([Order(p, 0)], (16, 16))[0].context.shape[1] for p in prompts]
     assert lengths == [77, 231, 77]
@@ -143,6 +149,50 @@ def test_long_prompts_leave_the_pictures_of_short_ones_alone(make_pipeline: Make
     together = pipeline.images(prompts, seeds=[0, 0, 0])
     alone = torch.cat([pipeline.images([prompt], seeds=[0]) for prompt in prompts])
     assert_close(together, alone, rtol=0, atol=ONE_GREY_LEVEL / 10)
+
+
+def test_prompts_are_encoded_once_and_a_cut_is_told_once_a_prompt(make_pipeline: MakePipeline) -> None:
+    parts = [CLIPText(SIZES, max_chunks=2), CLIPText(SIZES, max_chunks=2)]
+    pipeline, calls = make_pipeline(conditioner=Combined(parts), context_dim=16), []
+    for part in parts:
+        part.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    prompts = ["red " * 200, "blue " * 200, "seven " * 200, "seven"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        pipeline.images(prompts, seeds=range(4), batch_size=2)
+    # Three batches, of two encoders and two sides.
+    assert len(calls) == 3 * 2 * 2
+    cuts = [str(warning.message) for warning in caught if "cut" in str(warning.message)]
+    assert [cut.split("'")[1].split()[0] for cut in cuts] == ["red", "blue", "seven"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_model_without_conditions_is_asked_once_a_step(scale: float, make_pipeline: MakePipeline) -> None:
+    options = {"context_dim": None, "conditioner": Unconditional(), "sampler": Euler(), "num_steps": 3}
+    pipeline, seen = make_pipeline(**options, guidance=Guidance(scale=scale)), []
+    pipeline.denoiser.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    pipeline.images([""] * 2, seeds=[0, 1])
+    assert seen == [2] * 3
+
+
+def test_guidance_that_can_have_no_effect_is_refused(make_pipeline: MakePipeline) -> None:
+    blind = make_pipeline(context_dim=None, conditioner=Unconditional())
+    with pytest.raises(ValueError, match=r"^got guidance\.scale=2 for a model without conditions, .* leave it out$"):
+        blind.images([""], seeds=[0], guidance=Guidance(scale=2.0))
+    assert blind.images([""], seeds=[0], guidance=Guidance(scale=1.0)).shape == (1, 3, 16, 16)
+    pipeline = make_pipeline(guidance=Guidance(scale=1.0))
+    with pytest.raises(ValueError, match=r"^got the negative prompt 'blue' with guidance\.scale=1, .* has no effect"):
+        pipeline.images(["red"], seeds=[0], negative_prompt="blue")
+    assert pipeline.images(["red"], seeds=[0]).shape == (1, 3, 16, 16)
+
+
+def test_states_need_no_gradient_whoever_asks_for_them(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(num_steps=2)
+    start = TextToImage().start(pipeline, [Order("red", 0)], pipeline.settings)
+    assert torch.is_grad_enabled()
+    states = list(pipeline.states(start, pipeline.settings))
+    assert len(states) == 3
+    assert not any(state.x.requires_grad for state in states)
 
 
 def test_steps_come_batch_after_batch(make_pipeline: MakePipeline) -> None:

@@ -34,6 +34,16 @@ def test_matched_colours_have_the_reference_s_mean_and_spread_in_lab() -> None:
     np.testing.assert_allclose(lab_statistics(matched), expected, atol=0.05)
 
 
+def test_colours_that_no_screen_shows_are_clipped_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    blue_and_yellow = np.zeros((8, 8, 3), dtype=np.float32)
+    blue_and_yellow[:4], blue_and_yellow[4:] = (0, 0, 1), (1, 1, 0)
+    grey = np.full((8, 8, 3), 0.5, dtype=np.float32)
+    grey[0] = (0.1, 0.1, 0)
+    matched = MatchColor(as_picture(blue_and_yellow))(grey)
+    assert (matched == 0).any()
+    assert not recwarn.list
+
+
 def test_matching_a_picture_with_itself_changes_nothing() -> None:
     pixels = np.asarray(as_picture(smooth()), dtype=np.float32) / 255
     np.testing.assert_allclose(MatchColor(as_picture(pixels))(pixels), pixels, atol=1e-3)

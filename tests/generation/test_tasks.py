@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.autoencoders import IdentityAutoencoder
-from ldm.conditioners import ClassLabel, Unconditional
+from ldm.conditioners import ClassLabel, CLIPText, Unconditional
 from ldm.diffusion import Guidance
 from ldm.generation import (
     ImageToImage,
@@ -182,9 +182,16 @@ def test_outpainting_to_a_size_that_does_not_divide_says_how_much_is_missing(mak
         draw(make_pipeline(), Outpaint(picture(), left=6), [Order("red", 0)])
 
 
-@pytest.mark.parametrize("sides", [{}, {"left": -4}, {"top": 4, "left": -4}])
-def test_outpainting_needs_pixels_to_add(sides: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"expected pixels to add at one side at least$"):
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({}, r"expected pixels to add at one side at least$"),
+        ({"left": -4}, r"^got a negative number in left=-4"),
+        ({"top": 4, "left": -4}, r"^got a negative number in left=-4"),
+    ],
+)
+def test_outpainting_needs_pixels_to_add(sides: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Outpaint(picture(), **sides)
 
 
@@ -206,6 +213,15 @@ def test_an_upscaler_without_noise_levels_is_told_the_image_itself(make_pipeline
     assert draw(pipeline, Upscale(picture(8, 12)), [Order("", 0)]).shape == (1, 3, 24, 16)
     with pytest.raises(ValueError, match=r"^got noise_level=20 for a network that is not told of noise"):
         draw(pipeline, Upscale(picture(8), noise_level=20), [Order("", 0)])
+
+
+def test_an_upscaler_advises_a_size_of_the_small_picture(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(in_channels=7)
+    advice = r"^got a picture to enlarge of 7x11 pixels, expected multiples of 2, .*; set image_size=\[12,8\]$"
+    with pytest.raises(ValueError, match=advice):
+        draw(pipeline, Upscale(picture(7, 11)), [Order("", 0)])
+    obeyed = Upscale(picture(7, 11), image_size=[12, 8])
+    assert draw(pipeline, obeyed, [Order("", 0)]).shape == (1, 3, 24, 16)
 
 
 def test_variations_go_from_the_seed_s_own_picture_to_another_seed_s(make_pipeline: MakePipeline) -> None:
@@ -230,6 +246,28 @@ def test_interpolation_passes_through_its_key_pictures(make_pipeline: MakePipeli
     keys = pipeline.images(["red", "seven", "blue seven"], seeds=[1, 2, 3])
     assert_close(frames[::3], keys, rtol=0, atol=ONE_GREY_LEVEL)
     assert min(difference(a, b) for a, b in pairwise(frames)) > ONE_GREY_LEVEL
+
+
+def test_interpolation_does_not_jump_where_prompts_differ_in_length(make_pipeline: MakePipeline) -> None:
+    """The first steps away from a key picture, and the last towards one, are small; so is that past a short way."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pipeline = make_pipeline(conditioner=CLIPText(sizes), sampler=DDIM(eta=0.0))
+    task, n = Interpolate(to="blue", num_frames=10_000), 10_000
+    orders = task.orders(["red", "seven " * 200, "seven"], [0])
+    keys = [orders[i * n] for i in range(4)]
+    assert [key.prompt for key in keys] == ["red", "seven " * 200, "seven", "blue"]
+    near = [orders[1], *(orders[i * n - 1] for i in (1, 2, 3)), *(orders[i * n + 1] for i in (1, 2))]
+    frames = draw(pipeline, task, [*keys, *near], batch_size=3)
+    assert min(difference(a, b) for a, b in pairwise(frames[:4])) > ONE_GREY_LEVEL
+    assert_close(frames[4:], frames[[0, 1, 2, 3, 1, 2]], rtol=0, atol=ONE_GREY_LEVEL / 10)
+
+
+def test_the_frame_at_amount_zero_is_the_key_picture(make_pipeline: MakePipeline) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pipeline = make_pipeline(conditioner=CLIPText(sizes))
+    key, between, _ = Interpolate(to="seven " * 200, num_frames=2).orders(["red"], [0])
+    first, same = draw(pipeline, TextToImage(), [key, replace(between, amount=0.0)])
+    assert_close(same, first, rtol=0, atol=1e-6)
 
 
 def test_interpolated_prompts_are_conditions_on_the_straight_line(make_pipeline: MakePipeline) -> None:
@@ -331,6 +369,10 @@ def test_a_depth_map_of_any_range_is_made_minus_one_to_one(make_pipeline: MakePi
         (lambda: Outpaint(picture(), left=4, feather=17), r"^got feather=17, expected 0 to 16"),
         (lambda: Inpaint(picture(), mask(15, 16)), r"^mask: got 15x16 pixels for an image of 16x16"),
         (lambda: Inpaint(picture(), Image.new("L", (16, 16))), r"^mask: got one without white"),
+        (
+            lambda: Inpaint(picture(), Image.new("L", (16, 16), 1)),
+            r"its brightest level is 1\), expected white, which is 255",
+        ),
         (lambda: ImageToImage(picture(), image_size=[1, 2, 3]), r"^got image_size=\[1, 2, 3\], expected one number"),
     ],
 )

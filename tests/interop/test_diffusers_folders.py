@@ -1,6 +1,7 @@
 """Folders of diffusers: theirs compute the same here, and ours load there with no key missing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from tiny_pretrained import tiny_state
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ldm.conditioners import CLIPText, OpenCLIPText
 from ldm.diffusion import Conditioning
 from ldm.interop import open_model, write_diffusers
 from ldm.interop.text_encoders import clip_vocabulary
@@ -164,6 +166,80 @@ def test_a_stable_diffusion_xl_pipeline_computes_the_same_here(tmp_path: Path, v
     sizes = torch.tensor([[48.0, 40.0, 0.0, 0.0, 48.0, 40.0]] * 2)
     expected = theirs.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
     assert_near(ours.network(x, t, cond), expected)
+
+
+def test_without_a_tokenizer_the_geometry_of_the_encoder_tells_its_padding(tmp_path: Path, vocabulary: Path) -> None:
+    for name, pipeline in (("sd", stable_diffusion(vocabulary)), ("xl", stable_diffusion_xl(vocabulary))):
+        pipeline.save_pretrained(tmp_path / name)
+    stable_diffusion(vocabulary, second=True).save_pretrained(tmp_path / "sd2")
+    for place in ("sd/tokenizer", "sd2/tokenizer", "xl/tokenizer_2"):
+        shutil.rmtree(tmp_path / place)
+    first, second, both = (open_model(tmp_path / name).conditioner for name in ("sd", "sd2", "xl"))
+    assert (type(first), first.tokenizer.padding) == (CLIPText, "end")
+    assert (type(second), second.tokenizer.padding) == (OpenCLIPText, "zero")
+    assert [part.tokenizer.padding for part in both.conditioners[:2]] == ["end", "zero"]  # type: ignore[index, union-attr]
+
+
+def test_an_upscaler_with_another_text_encoder_gets_its_pipeline_and_another_sampler_is_told(
+    tmp_path: Path, vocabulary: Path
+) -> None:
+    theirs = stable_diffusion(vocabulary)
+    theirs.register_modules(unet=unet(in_channels=7, num_class_embeds=20, use_linear_projection=True))
+    theirs.save_pretrained(tmp_path / "x4")
+    model = open_model(tmp_path / "x4")
+    assert model.family.name == "custom"
+    assert model.origin.left_out == ("the sampler PNDMScheduler: a folder written from this names DDIMScheduler",)
+    write_diffusers(model, tmp_path / "again")
+    index = json.loads((tmp_path / "again/model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionUpscalePipeline"
+    assert open_model(tmp_path / "again").origin.left_out == ("low_res_scheduler",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatch"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": "linear"}, "FlowMatch"),
+        ({"_class_name": "EDMEulerScheduler", "beta_start": 0.1, "sigma_min": 0.002}, "EDM"),
+        ({"_class_name": "ScoreSdeVpScheduler", "beta_min": 0.1, "beta_max": 20}, "ScoreSdeVp"),
+    ],
+)
+def test_a_scheduler_without_betas_is_refused(
+    tmp_path: Path, vocabulary: Path, settings: dict[str, Any], named: str
+) -> None:
+    stable_diffusion(vocabulary).save_pretrained(tmp_path / "sd")
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"^got .*{named}.*, expected a scheduler with betas.*; ldm"):
+        open_model(tmp_path / "sd")
+
+
+def test_parts_that_a_folder_lacks_come_from_the_base(tmp_path: Path, vocabulary: Path) -> None:
+    stable_diffusion(vocabulary).save_pretrained(tmp_path / "whole")
+    stable_diffusion(vocabulary).save_pretrained(tmp_path / "part")
+    base = open_model(tmp_path / "whole")
+    with pytest.raises(ValueError, match="holds all its parts"):
+        open_model(tmp_path / "part", base=tmp_path / "whole")
+    index = json.loads((tmp_path / "part/model_index.json").read_text())
+    (tmp_path / "part/model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    with pytest.raises(ValueError, match=r"holds no autoencoder, expected .*base=MODEL"):
+        open_model(tmp_path / "part")
+    model = open_model(tmp_path / "part", base=tmp_path / "whole")
+    assert same_weights(model.autoencoder, base.autoencoder)
+    assert not same_weights(model.conditioner, base.conditioner)
+    assert model.family.latent_scale == base.family.latent_scale
+    nothing = {"vae": [None, None], "text_encoder": [None, None]}
+    (tmp_path / "part/model_index.json").write_text(json.dumps({**index, **nothing}))
+    with pytest.raises(ValueError, match="holds no text encoder and no autoencoder"):
+        open_model(tmp_path / "part", family="sd1")
+    model = open_model(tmp_path / "part", family="sd1", base=tmp_path / "whole")
+    assert same_weights(model.autoencoder, base.autoencoder)
+    assert same_weights(model.conditioner, base.conditioner)
+    assert not same_weights(model.network, base.network)
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(first, second) for first, second in pairs)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ldm.conditioners import Conditioner
 from ldm.diffusion import Denoiser
 from ldm.interop.lora import apply_lora, set_scale, write_lora
 from ldm.interop.lora_layers import Parts
-from ldm.interop.text_encoders import like_module, open_clip_to_transformers
+from ldm.interop.text_encoders import open_clip_to_transformers
 from ldm.interop.unet import unet_to_diffusers
 
 Model = tuple[Denoiser, Conditioner]
@@ -78,6 +78,14 @@ def load_there(path: Path, unet: UNet2DConditionModel, encoders: dict[str, nn.Mo
         loader.load_lora_into_text_encoder(
             state, network_alphas=alphas, text_encoder=encoder, prefix=prefix, adapter_name="made"
         )
+
+
+def like_module(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors under a module's own names, whether or not its version of transformers says `text_model.`."""
+    wanted = set(names)
+    return {
+        (f"text_model.{name}" if f"text_model.{name}" in wanted else name): tensor for name, tensor in state.items()
+    }
 
 
 def their_encoders(conditioner: Conditioner) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Single files: what is taken from them, who says what the network predicts, and one line for every mistake."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_pretrained import TINY, tiny_state
+from tiny_pretrained import CLIP, TINY, WIDTH, tiny_state
 from torch import Tensor
 
+from ldm.cli.foreign import pipeline_of
+from ldm.conditioners import CLIPText, Combined, OpenCLIPText
 from ldm.diffusion.parameterizations import Epsilon, V
 from ldm.diffusion.schedules import ScaledLinear
-from ldm.interop import PretrainedModel, open_model, write_compvis
+from ldm.interop import PretrainedModel, open_model, write_compvis, write_diffusers, write_ldm
 from ldm.interop.families import recognise
+from ldm.interop.safe_load import read_file
+from ldm.interop.stored_config import TEXT_ENCODERS
 
 NETWORK = "model.diffusion_model."
 
@@ -112,7 +117,12 @@ def test_global_step_says_nothing_of_the_prediction(tmp_path: Path) -> None:
 def test_the_users_word_comes_before_stored_ones_and_those_before_the_family(tmp_path: Path) -> None:
     path = saved(tmp_path, tiny_state("sd1"), **{"modelspec.prediction_type": "v"})
     assert open_model(path).family.prediction == "v"
-    assert open_model(path, prediction="epsilon").family.prediction == "epsilon"
+    assert not open_model(path, prediction="v").origin.is_overruled
+    told = open_model(path, prediction="epsilon")
+    assert (told.family.prediction, told.origin.is_overruled) == ("epsilon", True)
+    assert told.origin.prediction == "prediction=, although the file's modelspec.prediction_type says v"
+    with pytest.warns(UserWarning, match="predicts epsilon, says prediction=, although"):
+        pipeline_of(told)
     assert open_model(saved(tmp_path, tiny_state("sd1"), name="silent")).origin.prediction == "the family sd1"
 
 
@@ -148,6 +158,32 @@ def test_a_yaml_beside_the_file_tells_what_shapes_do_not(tmp_path: Path) -> None
     assert (model.family.beta_end, model.family.latent_scale) == (0.02, 0.3)
 
 
+def stability(scaling: str, discretization: str = "LegacyDDPMDiscretization") -> dict[str, Any]:
+    parts = {"scaling_config": {"target": f"any.{scaling}"}, "discretization_config": {"target": f"a.{discretization}"}}
+    return config(denoiser_config={"params": parts})
+
+
+def test_a_denoiser_that_ldm_does_not_have_is_refused_and_not_guessed_past(tmp_path: Path) -> None:
+    path = saved(tmp_path, tiny_state("sdxl"))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(stability("VScaling")))
+    assert open_model(path).family.prediction == "v"
+    for told in (stability("EDMScaling"), stability("VScalingWithEDMcNoise"), stability("EpsScaling", "EDMSteps")):
+        path.with_suffix(".yaml").write_text(yaml.safe_dump(told))
+        assert "expected EpsScaling or VScaling" in (said := refused(path)) or "expected LegacyDDPM" in said
+        assert "EDM" in said
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("sd1", 7.5), ("sd2", 7.5), ("sdxl", 5.0), ("ldm_class", 1.0)])
+def test_a_geometry_of_no_family_is_guided_as_its_text_encoder_asks(tmp_path: Path, name: str, guidance: float) -> None:
+    state = tiny_state(name)
+    outside = f"{NETWORK}input_blocks.0.0.weight"
+    state[outside] = torch.cat([state[outside], torch.randn(64, 7, 3, 3)], dim=1)
+    path = saved(tmp_path, state)
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(config(unet=TINY[name].network)))
+    family = open_model(path).family
+    assert (family.name, family.guidance_scale) == ("custom", guidance)
+
+
 def test_a_geometry_of_no_family_needs_a_config_and_works_with_one(tmp_path: Path) -> None:
     state = tiny_state("ldm_churches")
     del state["scale_factor"]
@@ -177,6 +213,28 @@ def test_half_precision_is_written_for_all_floating_tensors(tmp_path: Path) -> N
         assert torch.equal(tensor, state[name].half()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_leaves_the_measured_scale_of_latents_exact(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = tiny_state("ldm_churches")
+    write_compvis(open_model(saved(tmp_path, state)), tmp_path / "half.safetensors", dtype=dtype)
+    written = load_file(tmp_path / "half.safetensors")
+    assert written[f"{NETWORK}out.2.bias"].dtype == dtype
+    assert written["scale_factor"].dtype == torch.float32
+    assert torch.equal(written["scale_factor"], state["scale_factor"])
+
+
+def test_a_measured_scale_beside_several_encoders_goes_into_the_yaml(tmp_path: Path) -> None:
+    model = open_model(saved(tmp_path, tiny_state("sdxl")))
+    model.autoencoder.set_latent_scale(0.7312345)
+    write_compvis(replace(model, family=replace(model.family, latent_scale=None)), tmp_path / "own.safetensors")
+    told = yaml.safe_load((tmp_path / "own.yaml").read_text())["model"]["params"]["scale_factor"]
+    assert told == float(model.autoencoder.latent_scale)
+    assert "scale_factor" not in load_file(tmp_path / "own.safetensors")
+    assert torch.equal(
+        open_model(tmp_path / "own.safetensors").autoencoder.latent_scale, model.autoencoder.latent_scale
+    )
+
+
 def test_a_written_file_can_be_read_by_whom_any_new_file_can(tmp_path: Path) -> None:
     write_compvis(open_model(saved(tmp_path, tiny_state("ldm_unconditional"))), tmp_path / "new.safetensors")
     (tmp_path / "any").touch()
@@ -194,6 +252,27 @@ def test_a_network_alone_takes_the_other_parts_from_a_base(tmp_path: Path) -> No
     assert torch.equal(first_stage, whole["first_stage_model.quant_conv.weight"])
 
 
+def test_what_the_base_predicts_is_neither_asked_nor_told(tmp_path: Path) -> None:
+    whole = tiny_state("sd2")
+    bare = {name.removeprefix(NETWORK): tensor for name, tensor in whole.items() if name.startswith(NETWORK)}
+    silent = saved(tmp_path, whole, name="silent")
+    own = write_ldm(open_model(silent, prediction="epsilon"), tmp_path / "own.safetensors")
+    stated = saved(tmp_path, bare, name="stated", **{"modelspec.prediction_type": "v"})
+    for base in (silent, own):
+        assert open_model(saved(tmp_path, bare), base=base, family="sd2", prediction="v").family.prediction == "v"
+        assert open_model(stated, base=base, family="sd2").family.prediction == "v"
+
+
+def test_options_that_would_have_no_effect_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, tiny_state("ldm_unconditional"))
+    model = open_model(path)
+    write_diffusers(model, tmp_path / "folder")
+    own = write_ldm(model, tmp_path / "own.safetensors")
+    for source in (path, tmp_path / "folder", own):
+        assert "got ema=false" in refused(source, ema=False)
+        assert "got base= for" in refused(source, base=path)
+
+
 def test_a_published_network_alone_is_recognised_by_the_width_of_its_context() -> None:
     geometry = {**TINY["sd1"].network, "num_classes": None, "vector_dim": None, "use_linear_projection": False}
     geometry |= {"transformer_depth": 1, "resblock_updown": False}
@@ -208,6 +287,8 @@ def test_the_wrong_family_is_refused_with_the_right_one(tmp_path: Path) -> None:
     assert "family=sd1" in message
     assert "linear False instead of True" in message
     assert "expected one of sd1" in refused(saved(tmp_path, tiny_state("sd1"), name="b"), family="sd9")
+    without_text = saved(tmp_path, tiny_state("ldm_unconditional"), name="c")
+    assert "context False instead of True" in refused(without_text, family="sd1")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +314,54 @@ def test_unexpected_tensors_are_named_and_counted(tmp_path: Path) -> None:
     message = refused(saved(tmp_path, state | more))
     assert "5 unexpected: control.0, control.1, control.2 and 2 more" in message
     assert "strange.weight" in refused(saved(tmp_path, state | {"strange.weight": torch.zeros(1)}, name="b"))
+
+
+def test_tensors_under_strange_names_are_told_with_those_that_are_missing(tmp_path: Path) -> None:
+    state = tiny_state("sd1")
+    for name in (f"{NETWORK}out.2.bias", "first_stage_model.decoder.norm_out.bias"):
+        state[f"strange.{name}"] = state.pop(name)
+    message = refused(saved(tmp_path, state))
+    assert "2 unexpected tensors (strange." in message
+    assert f"without 2 that it should have ({NETWORK}out.2.bias, first_stage_model.decoder.norm_out.bias)" in message
+
+
+def test_what_shapes_of_a_text_encoder_do_not_tell_comes_back_from_a_single_file(tmp_path: Path) -> None:
+    model = open_model(saved(tmp_path, tiny_state("sd1")))
+    changed = {"hidden_act": "gelu", "num_attention_heads": 4, "layer_norm_eps": 1e-6}
+    encoder = CLIPText({**CLIP, **changed}, padding="zero", null="zeros")
+    again = rewritten(replace(model, conditioner=encoder), tmp_path / "clip.safetensors").conditioner
+    assert isinstance(again, CLIPText)
+    assert {name: getattr(again.tower.config, name) for name in changed} == changed
+    assert (again.tokenizer.padding, again.null_kind) == ("zero", "zeros")
+    assert TEXT_ENCODERS not in read_file(rewritten_path(model, tmp_path / "plain.safetensors")).metadata
+
+
+def test_what_shapes_of_several_text_encoders_do_not_tell_comes_back_too(tmp_path: Path) -> None:
+    model = open_model(saved(tmp_path, tiny_state("sdxl")))
+    shared: dict[str, Any] = {"final_norm": False, "null": "empty"}
+    first = CLIPText({**CLIP, "hidden_act": "gelu"}, layer=-2, **shared)
+    second = OpenCLIPText(WIDTH, 3, 4, vocabulary_size=99, pooled=True, **shared)
+    sizes = model.conditioner.conditioners[2]
+    path = tmp_path / "both.safetensors"
+    again = rewritten(replace(model, conditioner=Combined([first, second, sizes])), path).conditioner
+    one, other, _ = again.conditioners
+    assert (one.tower.config.hidden_act, one.null_kind) == ("gelu", "empty")
+    assert (other.arguments["heads"], other.null_kind) == (4, "empty")
+
+
+@pytest.mark.parametrize("noted", ["{", "[{}, {}]", "[3]", '[{"heads": 2}]', '[{"config": {"hidden_size": 3}}]'])
+def test_a_damaged_note_about_text_encoders_is_refused(tmp_path: Path, noted: str) -> None:
+    assert "does not fit its 1 text encoders (clip)" in refused(
+        saved(tmp_path, tiny_state("sd1"), **{TEXT_ENCODERS: noted})
+    )
+
+
+def rewritten_path(model: PretrainedModel, path: Path) -> Path:
+    return write_compvis(model, path)[0]
+
+
+def rewritten(model: PretrainedModel, path: Path) -> PretrainedModel:
+    return open_model(rewritten_path(model, path))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def test_published_structure_computes_the_same_in_diffusers_and_comes_back_bit_e
     returned = back(kind, config, state)
 
     assert difference(unet, other_model(kind, config, state)) <= 1e-4
-    assert_same_weights(returned, unet)
+    if not unet.arguments["new_attention_order"]:  # which comes back in the other order, as tested below
+        assert_same_weights(returned, unet)
     assert difference(returned, other_model(kind, config, state)) <= 1e-4
 
 

@@ -261,6 +261,7 @@ WRONG: dict[str, Callable[[], Sampler]] = {
     "order=5": lambda: LMS(order=5),
     "time_scale=0": lambda: LCM(time_scale=0),
     "sampler=UniPC": lambda: Restart(UniPC()),
+    "sampler=LCM": lambda: Restart(LCM()),
 }
 
 

@@ -35,8 +35,7 @@ def make_data(tmp_path: Path) -> Callable[..., ShardDataModule]:
     """Builds the data module of the colours; options replace its arguments."""
     write_colours(tmp_path / "colours")
 
-    def make(**options: Any) -> ShardDataModule:
-        folder = tmp_path / "colours"
+    def make(folder: Path = tmp_path / "colours", **options: Any) -> ShardDataModule:
         return ShardDataModule(folder, folder, **({"batch_size": 6, "resolution": 16, "seed": 3} | options))
 
     return make

@@ -79,7 +79,7 @@ def test_two_optimizers_that_pass_a_beat_between_them_are_saved(tmp_path: Path) 
     assert train(TwoOptimizers(), tmp_path, max_steps=12, every=5, keep=5) == [6, 10, 12]
 
 
-@pytest.mark.parametrize("setting", ["every_n_steps", "keep"])
-def test_a_count_below_one_is_refused(setting: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{setting}: got 0, expected at least 1"):
-        Checkpoints(tmp_path, **{setting: 0})
+@pytest.mark.parametrize(("setting", "least"), [("every_n_steps", 1), ("keep", 2)])
+def test_a_count_that_is_too_small_is_refused(setting: str, least: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{setting}: got {least - 1}, expected at least {least}"):
+        Checkpoints(tmp_path, **{setting: least - 1})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -18,13 +19,15 @@ from tiny_models import quiet_trainer, write_colours
 from torch import Tensor
 from torch.testing import assert_close
 
-from ldm.conditioners import CLIPText, OpenCLIPText, TextEncoder
-from ldm.data import ShardDataModule
+from ldm.conditioners import CLIPText, Combined, Conditioner, OpenCLIPText, SizeCrop, TextEncoder
+from ldm.data import Record, ShardDataModule, write_shards
 from ldm.diffusion.weightings import MinSNR
 from ldm.generation import Pipeline
 from ldm.interop import write_ldm
 from ldm.interop.lora import apply_lora
+from ldm.interop.model import CarriedConditioner, build_denoiser
 from ldm.interop.textual_inversion import apply_embedding
+from ldm.networks import UNet
 from ldm.training.finetune import Finetuning, pretrained
 from ldm.training.finetune_adapters import LoRA, TextualInversion, used_blocks
 from ldm.training.frozen import restore_frozen
@@ -32,8 +35,8 @@ from ldm.training.frozen import restore_frozen
 MakeTrainer = Callable[..., pl.Trainer]
 MakeData = Callable[..., ShardDataModule]
 EXACT = {"rtol": 0, "atol": 0}
-# The captions of `make_data` are names of colours: here one of them becomes a new word.
-WORD = TextualInversion("red", "a cat", num_vectors=2)
+# One of the captions.
+WORD = TextualInversion("my-red", "a cat", num_vectors=2)
 
 # What is trained, and the names of its parameters.
 KINDS: dict[str, tuple[Any, Callable[[str], bool]]] = {
@@ -47,8 +50,15 @@ KINDS: dict[str, tuple[Any, Callable[[str], bool]]] = {
 def batch_of(**columns: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
-    captions = ["a red toy", "a dog", "a dog", "a red toy"]
+    captions = ["a my-red toy", "a dog", "a dog", "a my-red toy"]
     return {"image": image, "caption": captions, "index": torch.arange(4), "position": torch.arange(4) + 30, **columns}
+
+
+@pytest.fixture
+def make_data(make_data: MakeData, tmp_path: Path) -> MakeData:
+    """Builds the data module of colours whose names are new words."""
+    write_colours(tmp_path / "words", prefix="my-")
+    return partial(make_data, folder=tmp_path / "words")
 
 
 def values(module: Finetuning) -> dict[str, Tensor]:
@@ -74,7 +84,7 @@ class Run:
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """Trains a kind once for all tests."""
     folder = tmp_path_factory.mktemp("runs")
-    write_colours(folder / "colours")
+    write_colours(folder / "colours", prefix="my-")
 
     @cache
     def run(kind: str) -> Run:
@@ -104,7 +114,7 @@ def test_written_weights_hold_and_rebuild_the_average(kind: str, run_of: Callabl
     assert len(state) == len(run.trained)
     target = again.ema.module
     target.load_state_dict(restore_frozen(target, state), strict=True)
-    expected, found = (module.pipeline().images(["a red toy"], seeds=[1]) for module in (run.module, again))
+    expected, found = (module.pipeline().images(["a my-red toy"], seeds=[1]) for module in (run.module, again))
     assert_close(found, expected, **EXACT)
 
 
@@ -141,8 +151,8 @@ def test_the_written_lora_makes_the_same_pictures(format: Any, run_of: Callable[
     pipeline = Pipeline(
         model.denoiser, conditioner=model.conditioner, autoencoder=model.autoencoder, settings=run.module.sampling
     )
-    expected = run.module.pipeline().images(["a red toy"], seeds=[1])
-    assert_close(pipeline.images(["a red toy"], seeds=[1]), expected, rtol=1e-4, atol=1e-4)
+    expected = run.module.pipeline().images(["a my-red toy"], seeds=[1])
+    assert_close(pipeline.images(["a my-red toy"], seeds=[1]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_attention_of_sdxl_is_trained_too(make_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -186,7 +196,7 @@ def test_blocks_that_the_output_depends_on_are_those_with_a_gradient(encoder: Te
     assert blocks == set(range(used_blocks(encoder))) == set(range(expected))
 
 
-@pytest.mark.parametrize(("format", "name"), [("diffusers", "learned_embeds"), ("a1111", "red")])
+@pytest.mark.parametrize(("format", "name"), [("diffusers", "learned_embeds"), ("a1111", "my-red")])
 def test_the_written_embedding_says_the_same_word(
     format: Any, name: str, run_of: Callable[[str], Run], tmp_path: Path
 ) -> None:
@@ -196,8 +206,8 @@ def test_the_written_embedding_says_the_same_word(
     written = replace(run.adapter, format=format).write(average.denoiser, average.conditioner, tmp_path)
     assert written == {"embedding": f"{name}.safetensors"}
     conditioner = tiny_pretrained().conditioner
-    assert apply_embedding(conditioner, tmp_path / f"{name}.safetensors") == "red"
-    caption = {"caption": ["a Red toy"]}
+    assert apply_embedding(conditioner, tmp_path / f"{name}.safetensors") == "my-red"
+    caption = {"caption": ["a My-Red toy"]}
     assert_close(conditioner(caption).context, average.conditioner(caption).context, **EXACT)
 
 
@@ -239,6 +249,72 @@ def test_the_loss_of_priors_has_its_own_weight() -> None:
 def test_a_weight_for_priors_needs_the_column(make_data: MakeData, make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match=r"prior_weight=1.0 and data.columns=\['number'\], expected is_prior"):
         make_trainer(max_steps=1).fit(finetuning(prior_weight=1.0), make_data(columns=["number"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "steps", "message"),
+    [
+        (
+            {"prior_weight": 0.5},
+            {"columns": ["is_prior"]},
+            1,
+            "shards without a picture of the class, expected samples",
+        ),
+        ({"adapter": TextualInversion("my-cat", "a cat")}, {}, 1, "token=my-cat, which no caption of data.train holds"),
+        ({}, {"resolution": 14}, 1, "data.resolution=14, expected a multiple of 4.*; set data.resolution=16"),
+        ({}, {}, 0, "trainer.max_steps=0, expected at least 1"),
+        (
+            {"pretrained": replace(tiny_pretrained(), conditioner=Combined([CLIPText(CLIP), SizeCrop()]))},
+            {"columns": ["number", "crop_top"]},
+            1,
+            r"expected original_height, .* too, .*set data.columns=\[number,crop_top,original_height,",
+        ),
+    ],
+    ids=["priors", "word", "resolution", "steps", "columns"],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    options: dict[str, Any],
+    data: dict[str, Any],
+    steps: int,
+    message: str,
+    make_data: MakeData,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+) -> None:
+    zeros = {"number": 0, "is_prior": 0, "crop_top": 0}
+    pictures = (Record(np.zeros((16, 16, 3), np.uint8), "a toy", zeros) for _ in range(6))
+    write_shards(tmp_path / "plain", pictures)
+    module, trainer = finetuning(**options), make_trainer(max_steps=steps)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, make_data(folder=tmp_path / "plain", **data))
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "conditioner", "reason"),
+    [
+        (
+            UNet(
+                9,
+                4,
+                model_channels=8,
+                channel_mult=[1],
+                num_res_blocks=1,
+                attention_resolutions=[],
+                num_heads=2,
+                norm_groups=4,
+            ),
+            CLIPText(CLIP),
+            "reads 5 channels",
+        ),
+        (tiny_pretrained().network, CarriedConditioner("bert", {}), "conditioner is unknown"),
+    ],
+)
+def test_models_that_shards_cannot_train_are_refused(network: UNet, conditioner: Conditioner, reason: str) -> None:
+    model = tiny_pretrained()
+    model = replace(model, denoiser=build_denoiser(network, model.family), conditioner=conditioner)
+    with pytest.raises(ValueError, match=f"got a model of sd1, whose .*{reason}.*, expected one of sd1, sd2, sdxl,"):
+        finetuning(pretrained=model)
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
@@ -286,7 +362,8 @@ def test_a_file_of_half_precision_trains_in_float32(tmp_path: Path) -> None:
         (lambda: LoRA(format="bin"), "adapter.format=bin, expected one of kohya, diffusers"),
         (lambda: TextualInversion("x", "cat", num_vectors=0), "adapter.num_vectors=0"),
         (lambda: TextualInversion("x", "cat", format="pt"), "adapter.format=pt, expected one of diffusers, a1111"),
-        (lambda: finetuning(adapter=TextualInversion("x", " ")), "adapter.initializer=' ', expected a word"),
+        (lambda: finetuning(adapter=TextualInversion("my-x", " ")), "adapter.initializer=' ', expected a word"),
+        (lambda: finetuning(adapter=TextualInversion("dog", "cat")), "token=dog, a word that the text encoder knows"),
         (lambda: finetuning(prior_weight=-1), "prior_weight=-1, expected a positive number"),
     ],
 )

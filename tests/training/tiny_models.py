@@ -119,15 +119,15 @@ def vq_autoencoder_module(**options: Any) -> AutoencoderModule:
     return autoencoder_module(**({"autoencoder": tiny_quantized(), "kl_weight": None} | options))
 
 
-def write_colours(folder: Path, num_samples: int = 24) -> None:
-    """Shards of noisy 16 x 16 pictures of one colour, whose captions name it."""
+def write_colours(folder: Path, num_samples: int = 24, *, prefix: str = "") -> None:
+    """Shards of noisy 16 x 16 pictures of one colour, whose captions name it, after a prefix."""
     random = np.random.default_rng(0)
 
     def records() -> Any:
         for i in range(num_samples):
             name, colour = list(COLOURS.items())[i % len(COLOURS)]
             noise = random.integers(-20, 21, (16, 16, 3))
-            yield Record((np.array(colour) + noise).clip(0, 255).astype(np.uint8), name, {"number": i})
+            yield Record((np.array(colour) + noise).clip(0, 255).astype(np.uint8), prefix + name, {"number": i})
 
     write_shards(folder, records(), samples_per_shard=10)
 

@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 from PIL.Image import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
+from ldm.training.loggers import outliving
+
 
 def keep_picture(picture: Image, path: Path, *, trainer: pl.Trainer, name: str) -> None:
     """Saves a picture and hands it to TensorBoard and W&B loggers under `name`; on rank zero only."""
@@ -18,6 +20,7 @@ def keep_picture(picture: Image, path: Path, *, trainer: pl.Trainer, name: str) 
     picture.save(path)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+            with outliving(logger):
+                logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [picture], step=trainer.global_step)
