@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from ldm import __version__
 from ldm.training.checkpoint_files import Damaged, Place, Writer, local_path, read_manifest, url_to_fs, verify
 from ldm.training.checkpoint_folders import child
 
@@ -76,7 +75,7 @@ def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "world_size": torch.distributed.get_world_size() if _distributed() else 1,
         "config_sha256": _digest(checkpoint["config"]) if "config" in checkpoint else None,
         "data": fingerprints[0] if fingerprints else None,
-        "versions": {"ldm": __version__, "torch": torch.__version__, "lightning": version("pytorch-lightning")},
+        "versions": {"ldm": version("ldm"), "torch": torch.__version__, "lightning": version("pytorch-lightning")},
     }
     return {name: value for name, value in facts.items() if value is not None}
 
