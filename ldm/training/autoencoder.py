@@ -1,4 +1,4 @@
-"""Training of the autoencoder: reconstruction, regularisation, and an adversary that looks at patches."""
+"""Training of the autoencoder: reconstruction, perception, regularisation, and an adversary that looks at patches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,6 +18,7 @@ from ldm.data import ShardDataModule
 from ldm.metrics import CodebookUsage
 from ldm.networks import PatchDiscriminator
 from ldm.nn.weights import save_weights
+from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.latent_scale import measure_latent_scale
 from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss, reconstruction_loss
 from ldm.training.randomness import normal
@@ -35,12 +36,14 @@ class AutoencoderModule(pl.LightningModule):
 
     Args:
         autoencoder, discriminator: what is trained.
+        perceptual: distance (B,) between images and reconstructions, frozen, such as `ldm.metrics.LPIPS`; None: none.
         optimizer, discriminator_optimizer: from parameters to an optimizer.
         lr_schedule: from an optimizer to a schedule, stepped with it.
         kl_weight: of a KL autoencoder, on the divergence in nats an image, against the absolute error summed over an
             image; None is 1e-6.
         quantization_weight: of a VQ autoencoder, on its codebook and commitment loss, against the mean absolute error;
             None is 1.
+        perceptual_weight: on the perceptual distance, added to the absolute error of every value of an image.
         adversarial_weight: on the generator's loss, times the ratio of gradients (Esser et al. 2021, eq. 7).
         adversarial_start: the step from which the discriminator takes part.
         seed: of the posterior's noise.
@@ -54,11 +57,13 @@ class AutoencoderModule(pl.LightningModule):
         autoencoder: KLAutoencoder | VQAutoencoder,
         *,
         discriminator: PatchDiscriminator,
+        perceptual: nn.Module | None = None,
         optimizer: Callable[..., Optimizer],
         discriminator_optimizer: Callable[..., Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler],
         kl_weight: float | None = None,
         quantization_weight: float | None = None,
+        perceptual_weight: float = 1.0,
         adversarial_weight: float = 0.5,
         adversarial_start: int = 50001,
         seed: int = 0,
@@ -66,10 +71,11 @@ class AutoencoderModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.autoencoder, self.discriminator = autoencoder, discriminator
+        self.perceptual = None if perceptual is None else freeze(perceptual)
         self.make_optimizers = (optimizer, discriminator_optimizer)
         self.make_lr_schedule = lr_schedule
         self.regularization_weight = chosen_weight(autoencoder, kl=kl_weight, quantization=quantization_weight)
-        self.adversarial_weight = adversarial_weight
+        self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
         self.adversarial_start, self.seed = adversarial_start, seed
         self.codebook_usage = (
             CodebookUsage(autoencoder.quantize.num_codes) if isinstance(autoencoder, VQAutoencoder) else None
@@ -99,12 +105,23 @@ class AutoencoderModule(pl.LightningModule):
         """The sum of both networks' losses; each network has gradients of its own loss only."""
         images, name = batch["image"], self.autoencoder.regularization
         reconstructions, regularization = self.reconstruct_sampled(images, batch["position"])
-        reconstruction = reconstruction_loss(images, reconstructions, per=self.autoencoder.loss_unit)
+        reconstruction = self.reconstruction_loss(images, reconstructions)
         loss = reconstruction + self.regularization_weight * regularization
         error = reconstruction_loss(images.detach(), reconstructions.detach(), per="value")
         self.log_dict({"train/reconstruction": error, f"train/{name}": regularization.detach()})
         self.log("train/loss", loss.detach())
         return loss + self.adversarial_loss(images, reconstructions, reconstruction)
+
+    def reconstruction_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
+        """Absolute error and perceptual distance, in the autoencoder's unit: a sum over an image, or a mean."""
+        unit = self.autoencoder.loss_unit
+        error = reconstruction_loss(images, reconstructions, per=unit)
+        if self.perceptual is None:
+            return error
+        distance = self.perceptual(images, reconstructions).mean()
+        self.log("train/perceptual", distance.detach())
+        num_values = images[0].numel() if unit == "image" else 1
+        return error + self.perceptual_weight * num_values * distance
 
     def reconstruct_sampled(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(Reconstructions (B, 3, H, W) through sampled latents, the autoencoder's regularisation loss)."""
@@ -161,10 +178,18 @@ class AutoencoderModule(pl.LightningModule):
         optimizers = [make(list(net.parameters())) for make, net in zip(self.make_optimizers, networks, strict=True)]
         return optimizers, [self.make_lr_schedule(optimizer) for optimizer in optimizers]
 
+    def train(self, mode: bool = True) -> AutoencoderModule:
+        super().train(mode)
+        if self.perceptual is not None:
+            self.perceptual.eval()
+        return self
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = drop_frozen(self, checkpoint["state_dict"])
         checkpoint["num_steps"] = self.num_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = restore_frozen(self, checkpoint["state_dict"])
         self.num_steps = checkpoint["num_steps"]
 
     def finish(self, folder: Path, *, data: ShardDataModule, config: dict[str, Any]) -> dict[str, Any]:
