@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+import torch
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.strategy import Strategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from ldm.training.checkpoint_files import (
     Place,
@@ -18,7 +30,10 @@ from ldm.training.checkpoint_files import (
     verify,
 )
 from ldm.training.checkpoint_parts import STATE, facts_of, refuse_code
-from ldm.training.frozen import restore_frozen
+from ldm.training.frozen import drop_frozen, restore_frozen
+
+# What Lightning calls the file beside the shards.
+METADATA = "meta.pt"
 
 
 class SealsShards(Strategy):
@@ -68,8 +83,8 @@ class SealedFSDP(SealsShards, FSDPStrategy):
         A sharded one must have been verified: see `checkpoint_folders.newest_valid`.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if not (path / STATE).is_file() and not list(path.glob("state.*.pt")):
-            return super().load_checkpoint(path, weights_only=weights_only)
+        if not is_gathered(path):
+            return {"state_dict": {}, **super().load_checkpoint(path, weights_only=weights_only)}
         checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         self._load_gathered(checkpoint)
         return checkpoint
@@ -100,3 +115,91 @@ class SealedFSDP(SealsShards, FSDPStrategy):
         if self.root_device.type == "cpu":
             raise ValueError("strategy: got fsdp on a CPU, expected GPUs; set strategy=ddp or trainer.accelerator=gpu")
         super()._configure_launcher()
+
+
+class SealedFSDP2(SealsShards, ModelParallelStrategy):
+    """FSDP's second version over all processes, whose checkpoints, sharded or gathered, follow the protocol."""
+
+    def setup_environment(self) -> None:
+        """Lets every process hold a part."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Raises ValueError for a module that does not spread its parts."""
+        if not is_overridden("configure_model", self.lightning_module):
+            raise ValueError(
+                f"strategy: got fsdp2 with {type(self.lightning_module).__name__}, expected a module that spreads its "
+                "parts, such as LatentDiffusionModule; set strategy=ddp"
+            )
+        super().setup(trainer)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer: this rank's part by name, or gathered on rank 0 by number as without sharding."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        assert self.model is not None
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if not whole or not self.is_global_zero:
+            return state
+        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
+        return {
+            "state": {numbers[name]: values for name, values in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+
+    def load_checkpoint(self, checkpoint_path: Place, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads model and optimizers from a checkpoint, whichever way it was saved, and returns it.
+
+        A sharded one must have been verified: see `checkpoint_folders.newest_valid`.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if is_gathered(path):
+            checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            self._load_gathered(checkpoint)
+            return checkpoint
+        self._load_shards(path)
+        # The tensors are where they belong; what reads a checkpoint after this expects the key.
+        return {"state_dict": {}, **torch.load(path / METADATA, map_location="cpu", weights_only=True)}
+
+    def _load_gathered(self, checkpoint: dict[str, Any]) -> None:
+        module, whole = self.lightning_module, StateDictOptions(full_state_dict=True)
+        assert module is not None
+        state: dict[str, Any] = restore_frozen(module, checkpoint["state_dict"])
+        set_model_state_dict(module, state, options=whole)
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=True):
+            names = self._names(optimizer)
+            named: dict[str, Any] = {
+                "state": {names[number]: values for number, values in saved["state"].items()},
+                "param_groups": [
+                    {**group, "params": [names[number] for number in group["params"]]}
+                    for group in saved["param_groups"]
+                ],
+            }
+            set_optimizer_state_dict(module, optimizer, named, options=whole)
+
+    def _load_shards(self, path: Path) -> None:
+        module = self.lightning_module
+        assert module is not None
+        own: dict[str, Any] = get_model_state_dict(module)
+        states: dict[str, Any] = {"state_dict": drop_frozen(module, own)}
+        for number, optimizer in enumerate(self.optimizers):
+            states[f"optimizer_{number}"] = get_optimizer_state_dict(module, optimizer)
+        distributed_checkpoint.load(states, checkpoint_id=path)
+        set_model_state_dict(module, states["state_dict"], options=StateDictOptions(strict=False))
+        for number, optimizer in enumerate(self.optimizers):
+            set_optimizer_state_dict(module, optimizer, states[f"optimizer_{number}"])
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in its own order."""
+        assert self.lightning_module is not None
+        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def is_gathered(path: Path) -> bool:
+    """Whether a checkpoint holds whole tensors, not the shards of some ranks."""
+    return (path / STATE).is_file() or bool(list(path.glob("state.*.pt")))

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from ldm.training.sharding import local
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -33,7 +35,7 @@ class EMA(nn.Module, Generic[Module]):
     def update(self, trained: Module, *, num_updates: int) -> None:
         """Moves the average towards `trained`, which has had num_updates optimizer steps before."""
         pairs = [
-            (average.data, p.data.to(average.dtype))
+            (local(average.data), local(p.data).to(average.dtype))
             for average, p in zip(self.module.parameters(), trained.parameters(), strict=True)
             if p.requires_grad
         ]

@@ -25,6 +25,7 @@ from ldm.nn.weights import save_weights
 from ldm.training.ema import EMA
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.randomness import draw
+from ldm.training.sharding import shard, shard_whole, whole_state
 
 VALIDATION_SEED = 2**31 - 1
 
@@ -83,6 +84,18 @@ class LatentDiffusionModule(pl.LightningModule):
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.condition_dropout, self.seed = condition_dropout, seed
         self.sampling = sampling
+        self._is_sharded = False
+
+    def configure_model(self) -> None:
+        """Spreads network and conditioner, and their moving averages alike, over the ranks of `strategy=fsdp2`."""
+        mesh = self._device_mesh
+        if mesh is None or self._is_sharded:
+            return
+        self._is_sharded = True
+        for model in (self.trained, self.ema.module):
+            shard(model.denoiser.network, mesh=mesh["data_parallel"])
+            if any(p.requires_grad for p in self.trained.conditioner.parameters()):
+                shard_whole(model.conditioner, mesh=mesh["data_parallel"], methods=("null", "prompt_pair"))
 
     def on_fit_start(self) -> None:
         """Refuses data that do not fit the model: moments of another autoencoder would train, and decode to noise."""
@@ -196,9 +209,9 @@ class LatentDiffusionModule(pl.LightningModule):
     def finish(self, folder: Path, *, data: pl.LightningDataModule, config: dict[str, Any]) -> dict[str, Any]:
         """Writes the moving average as weights to use, and beside it the autoencoder that belongs to it."""
         path = folder / "weights.safetensors"
+        state = drop_frozen(self.ema.module, whole_state(self.ema.module))
         if self.global_rank:
             return {"weights": path.name}
-        state = drop_frozen(self.ema.module, self.ema.module.state_dict())
         save_weights(path, state, target="ldm.training.LatentDiffusionModule", config=config)
         if source := (config.get("autoencoder") or {}).get("path"):
             shutil.copyfile(source, folder / "autoencoder.safetensors")

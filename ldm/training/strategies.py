@@ -7,7 +7,7 @@ from typing import Literal
 
 from ldm.conditioners import ClassLabel, TextTransformer
 from ldm.networks import UNet
-from ldm.training.checkpoint_sharded import SealedFSDP
+from ldm.training.checkpoint_sharded import SealedFSDP, SealedFSDP2
 
 
 def fsdp(
@@ -29,4 +29,22 @@ def fsdp(
         sharding_strategy=sharding_strategy,
         state_dict_type=state_dict_type,
         timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def fsdp2(*, state_dict_type: Literal["full", "sharded"] = "full", timeout_minutes: float = 10) -> SealedFSDP2:
+    """Fully sharded data parallelism of the second kind (PyTorch's `fully_shard`), on GPUs or CPUs.
+
+    The module spreads its own parts: see `LatentDiffusionModule.configure_model`.
+
+    Args:
+        state_dict_type: "full" gathers one file on rank 0, readable by any number of devices and any strategy.
+
+    Raises:
+        ValueError: another state_dict_type.
+    """
+    if state_dict_type not in ("full", "sharded"):
+        raise ValueError(f"strategy.state_dict_type: got {state_dict_type!r}, expected 'full' or 'sharded'")
+    return SealedFSDP2(
+        save_distributed_checkpoint=state_dict_type == "sharded", timeout=timedelta(minutes=timeout_minutes)
     )

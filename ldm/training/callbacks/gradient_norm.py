@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ldm.training.sharding import local, spreads_parameters
 
 
 class GradientNorm(pl.Callback):
@@ -27,15 +28,16 @@ class GradientNorm(pl.Callback):
         if not gradients:
             return
         norm = global_norm(gradients)
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if spreads_parameters(trainer.strategy):
             # Each rank holds a part of every gradient.
             norm = trainer.strategy.reduce(norm.square(), reduce_op="sum").sqrt()
         pl_module.log(f"train/{_name(trainer, optimizer)}", norm)
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all entries of a list of tensors, a float32 scalar on their device."""
-    return torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).norm()
+    """Euclidean norm of all entries that this rank holds, a float32 scalar on their device."""
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
+    return torch.stack([norm.float() for norm in norms]).norm()
 
 
 def _name(trainer: pl.Trainer, optimizer: Optimizer) -> str:

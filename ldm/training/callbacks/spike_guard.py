@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +19,7 @@ from ldm.training.callbacks.left_out import current_scale, leave_out, loss_scale
 from ldm.training.checkpoint_files import Place, is_valid
 from ldm.training.checkpoint_folders import find, remove
 from ldm.training.checkpoints import Checkpoints, join
+from ldm.training.sharding import spreads_parameters
 from ldm.training.skip_record import Skip, SkipRecord
 from ldm.training.spikes import Spikes
 
@@ -230,8 +230,7 @@ class SpikeGuard(pl.Callback):
         rows = [torch.empty_like(values) for _ in range(trainer.world_size)]
         dist.all_gather(rows, values)
         table = torch.stack(rows)
-        sharded = isinstance(trainer.strategy, FSDPStrategy)
-        together = table[:, 1:].square().sum(0).sqrt() if sharded else table[:, 1:].amax(0)
+        together = table[:, 1:].square().sum(0).sqrt() if spreads_parameters(trainer.strategy) else table[:, 1:].amax(0)
         return torch.cat([table[:, 0].mean()[None], together])
 
     def _read(self) -> None:

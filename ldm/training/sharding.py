@@ -1,0 +1,58 @@
+"""Parameters spread over devices, a network's blocks one by one (FSDP2), and parameters made whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch.distributed as dist
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+
+def spreads_parameters(strategy: Any) -> bool:
+    """Whether each rank holds a part of every gradient."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread, without a copy; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that a network applies one after another: members of its outermost lists of modules."""
+    for child in network.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks_of(child)
+
+
+def shard(network: nn.Module, *, mesh: Any) -> None:
+    """Spreads a network's parameters over the ranks of `mesh`; each block's are gathered while it computes."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in [*blocks_of(network), network]:
+        # Left to itself, the outermost would stay whole until a backward pass, which an average never has.
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
+def shard_whole(module: nn.Module, *, mesh: Any, methods: tuple[str, ...]) -> None:
+    """Spreads a small module's parameters; `methods` besides `forward` are what else computes with them."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, gathered where its parameters are spread; then to be called on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return dict(module.state_dict())
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(module, options=options))
