@@ -19,6 +19,7 @@ from ldm.generation import SamplingSettings
 from ldm.interop import FAMILIES, PretrainedModel, open_model
 from ldm.interop.lora_layers import text_encoders
 from ldm.interop.model import CarriedConditioner
+from ldm.training.compilation import Compilation
 from ldm.training.finetune_adapters import Adapter, TextualInversion
 from ldm.training.frozen import leave_out_untrained
 from ldm.training.latent_diffusion import LatentDiffusionModule, Trained
@@ -51,8 +52,8 @@ class Finetuning(LatentDiffusionModule):
         prior_weight: of the loss of samples whose column `is_prior` is 1 (DreamBooth, Ruiz et al. 2023, eq. 2); None
             where there are none.
         checkpoint_blocks: recompute the network's blocks in the backward pass: less memory, a third more time.
-        optimizer, lr_schedule, sampling, condition_dropout, ema_decay, seed: see `LatentDiffusionModule`; without
-            dropout too, guidance works as before.
+        optimizer, lr_schedule, sampling, condition_dropout, ema_decay, ema_offload, compile, seed: see
+            `LatentDiffusionModule`; without dropout too, guidance works as before.
     """
 
     knows_null = True
@@ -69,6 +70,8 @@ class Finetuning(LatentDiffusionModule):
         condition_dropout: float = 0.0,
         prior_weight: float | None = None,
         ema_decay: float = 0.99,
+        ema_offload: bool = False,
+        compile: Compilation | None = None,
         checkpoint_blocks: bool = False,
         seed: int = 0,
     ) -> None:
@@ -93,6 +96,8 @@ class Finetuning(LatentDiffusionModule):
             sampling=sampling,
             condition_dropout=condition_dropout,
             ema_decay=ema_decay,
+            ema_offload=ema_offload,
+            compile=compile,
             seed=seed,
         )
         leave_out_untrained(self.trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ldm.diffusion import Denoiser
 from ldm.generation import Pipeline, SamplingSettings
 from ldm.generation.encode import weights_sha256
 from ldm.nn.weights import save_weights
+from ldm.training.compilation import Compilation, use_float8
 from ldm.training.ema import EMA
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.randomness import draw
@@ -48,6 +50,9 @@ class LatentDiffusionModule(pl.LightningModule):
         lr_schedule: from the optimizer to a schedule, stepped once an optimizer step.
         condition_dropout: share of samples that lose all of their conditions, which guidance needs.
         ema_decay: of the moving average, by optimizer step.
+        ema_offload, ema_every_n_steps: whether it is kept in the CPU's memory, and how often it is updated: see `EMA`.
+        compile: what is compiled of the network that is trained; its moving average never is.
+        float8: products of the network's linear layers in float8, on the "device" or "emulated": see `use_float8`.
         sampling: how `sample` samples, unless told otherwise.
         seed: of noise, times and dropout; with a sample's position in the stream it decides all three.
 
@@ -68,6 +73,10 @@ class LatentDiffusionModule(pl.LightningModule):
         sampling: SamplingSettings,
         condition_dropout: float = 0.1,
         ema_decay: float = 0.9999,
+        ema_offload: bool = False,
+        ema_every_n_steps: int = 1,
+        compile: Compilation | None = None,
+        float8: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -79,23 +88,35 @@ class LatentDiffusionModule(pl.LightningModule):
                 "do without a condition; set model.condition_dropout=0.1, or guidance.scale=1"
             )
         self.trained = Trained(denoiser, conditioner)
-        self.ema = EMA(self.trained, decay=ema_decay)
+        self.ema = EMA(self.trained, decay=ema_decay, offload=ema_offload, every_n_steps=ema_every_n_steps)
         self.autoencoder = freeze(autoencoder)
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.condition_dropout, self.seed = condition_dropout, seed
-        self.sampling = sampling
-        self._is_sharded = False
+        self.sampling, self.compilation, self.float8 = sampling, compile, float8
+        self._is_configured = False
+        self._during_validation = ExitStack()
 
     def configure_model(self) -> None:
-        """Spreads network and conditioner, and their moving averages alike, over the ranks of `strategy=fsdp2`."""
-        mesh = self._device_mesh
-        if mesh is None or self._is_sharded:
+        """Gives the trained network its faster form, and spreads it over the ranks of `strategy=fsdp2`."""
+        if self._is_configured:
             return
-        self._is_sharded = True
+        self._is_configured = True
+        network = self.trained.denoiser.network
+        if self.float8 is not None:
+            use_float8(network, self.float8)
+        if self._device_mesh is not None:
+            self._spread(self._device_mesh["data_parallel"])
+        if self.compilation is not None:
+            self.compilation.apply(network)
+
+    def _spread(self, mesh: Any) -> None:
+        """Network and conditioner, and their moving averages alike."""
+        if self.ema.offload:
+            raise ValueError("got model.ema_offload=true with strategy=fsdp2, which spreads it; leave one out")
         for model in (self.trained, self.ema.module):
-            shard(model.denoiser.network, mesh=mesh["data_parallel"])
+            shard(model.denoiser.network, mesh=mesh)
             if any(p.requires_grad for p in self.trained.conditioner.parameters()):
-                shard_whole(model.conditioner, mesh=mesh["data_parallel"], methods=("null", "prompt_pair"))
+                shard_whole(model.conditioner, mesh=mesh, methods=("null", "prompt_pair"))
 
     def on_fit_start(self) -> None:
         """Refuses data that do not fit the model: moments of another autoencoder would train, and decode to noise."""
@@ -133,6 +154,12 @@ class LatentDiffusionModule(pl.LightningModule):
         """The loss of the moving average, with noise and times that are the same at every validation."""
         loss = self.loss({**batch, "position": batch["index"]}, self.ema.module, VALIDATION_SEED, 0.0).mean()
         self.log("val/loss", loss, sync_dist=True, batch_size=len(batch["caption"]))
+
+    def on_validation_start(self) -> None:
+        self._during_validation.enter_context(self.ema.on(self.device))
+
+    def on_validation_end(self) -> None:
+        self._during_validation.close()
 
     def loss(self, batch: dict[str, Any], model: Trained, seed: int, condition_dropout: float) -> Tensor:
         """The diffusion loss (B,) of a batch."""
@@ -200,11 +227,13 @@ class LatentDiffusionModule(pl.LightningModule):
 
     def sample(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Image]:
         """Images of the moving average; settings as in `Pipeline.sample`."""
-        return self.pipeline().sample(prompts, seeds=seeds, **settings)
+        with self.ema.on(self.device):
+            return self.pipeline().sample(prompts, seeds=seeds, **settings)
 
     def sample_trajectory(self, prompt: str, *, seed: int) -> list[tuple[Image, Image]]:
         """The steps of one picture, (x_t, believed x_0): see `Pipeline.trajectory`."""
-        return self.pipeline().trajectory(prompt, seed=seed)
+        with self.ema.on(self.device):
+            return self.pipeline().trajectory(prompt, seed=seed)
 
     def finish(self, folder: Path, *, data: pl.LightningDataModule, config: dict[str, Any]) -> dict[str, Any]:
         """Writes the moving average as weights to use, and beside it the autoencoder that belongs to it."""
