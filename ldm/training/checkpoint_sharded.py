@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.strategy import Strategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.distributed import checkpoint as distributed_checkpoint
@@ -69,6 +69,8 @@ class SealsShards(Strategy):
     @property
     def saves_shards(self) -> bool:
         """Whether each process writes what it holds."""
+        if isinstance(self, DeepSpeedStrategy):
+            return True
         if isinstance(self, ModelParallelStrategy):
             return self._save_distributed_checkpoint
         return bool(getattr(self, "_state_dict_type", None) == "sharded")
@@ -198,6 +200,22 @@ class SealedFSDP2(SealsShards, ModelParallelStrategy):
         assert self.lightning_module is not None
         names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
         return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class SealedDeepSpeed(SealsShards, DeepSpeedStrategy):
+    """DeepSpeed on GPUs, whose checkpoints, in its own format, follow the protocol; only DeepSpeed reads them."""
+
+    def setup_environment(self) -> None:
+        """Raises ValueError on a CPU."""
+        if self.root_device.type == "cpu":
+            raise ValueError(
+                "strategy: got deepspeed on a CPU, expected GPUs; set strategy=fsdp2 or trainer.accelerator=gpu"
+            )
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Place, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads model and optimizer from a checkpoint that DeepSpeed saved."""
+        return {"state_dict": {}, **super().load_checkpoint(checkpoint_path, weights_only=weights_only)}
 
 
 def is_gathered(path: Path) -> bool:

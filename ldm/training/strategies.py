@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Literal
 
 from ldm.conditioners import ClassLabel, TextTransformer
 from ldm.networks import UNet
-from ldm.training.checkpoint_sharded import SealedFSDP, SealedFSDP2
+from ldm.training.checkpoint_sharded import SealedDeepSpeed, SealedFSDP, SealedFSDP2
 
 
 def fsdp(
@@ -48,3 +49,25 @@ def fsdp2(*, state_dict_type: Literal["full", "sharded"] = "full", timeout_minut
     return SealedFSDP2(
         save_distributed_checkpoint=state_dict_type == "sharded", timeout=timedelta(minutes=timeout_minutes)
     )
+
+
+def deepspeed(*, stage: int = 2, offload_optimizer: bool = False, timeout_minutes: float = 10) -> SealedDeepSpeed:
+    """DeepSpeed's ZeRO, on GPUs: optimizer state, and from stage 2 gradients too, spread over the processes.
+
+    Args:
+        stage: 1 or 2. The third spreads parameters, which the moving average could not follow: `fsdp2` does that.
+        offload_optimizer: keep the optimizer's state in the CPU's memory.
+
+    Raises:
+        ValueError: another stage.
+        ModuleNotFoundError: deepspeed is missing.
+
+    Source: Rajbhandari et al. 2020.
+    """
+    if stage not in (1, 2):
+        raise ValueError(f"strategy.stage: got {stage}, expected 1 or 2; set strategy=fsdp2 to spread parameters too")
+    if find_spec("deepspeed") is None:
+        raise ModuleNotFoundError(
+            "the package deepspeed is not installed; install it with: pip install 'ldm[deepspeed]'"
+        )
+    return SealedDeepSpeed(stage=stage, offload_optimizer=offload_optimizer, timeout=timedelta(minutes=timeout_minutes))

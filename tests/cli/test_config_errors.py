@@ -22,7 +22,7 @@ MESSAGES = {
         "experiment=finetune/lra: there is no such option; did you mean finetune/lora? Options: "
     ),
     ("train", TOY, "strategy=dpp"): (
-        "strategy=dpp: there is no such option; did you mean ddp? Options: auto, ddp, ddp_find_unused, fsdp"
+        "strategy=dpp: there is no such option; did you mean ddp? Options: auto, ddp, ddp_find_unused, deepspeed, fsdp"
     ),
     ("train", TOY, "+trainer.max_stepz=3"): (
         "+trainer.max_stepz: did you mean trainer.max_steps? "

@@ -1,30 +1,44 @@
-"""FSDP on GPUs goes on from its own checkpoints; test_fsdp2.py has what runs on CPUs."""
+"""Sharded strategies on GPUs go on from their own checkpoints; test_fsdp2.py has what runs on CPUs."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.strategies import Strategy
 from tiny_models import latent_diffusion_module, quiet_trainer
 
 from ldm.training.checkpoint_files import is_valid
 from ldm.training.checkpoint_folders import find
 from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.checkpoints import Checkpoints
-from ldm.training.strategies import fsdp
+from ldm.training.strategies import deepspeed, fsdp, fsdp2
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "fsdp full": partial(fsdp, state_dict_type="full"),
+    "fsdp sharded": partial(fsdp, state_dict_type="sharded"),
+    "fsdp2 full": partial(fsdp2, state_dict_type="full"),
+    "fsdp2 sharded": partial(fsdp2, state_dict_type="sharded"),
+    "deepspeed": deepspeed,
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP runs on GPUs alone")
-@pytest.mark.parametrize("state_dict_type", ["full", "sharded"])
-def test_fsdp_goes_on_from_its_own_checkpoint(state_dict_type: str, tmp_path: Path, make_data: partial) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="these run on GPUs")
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_goes_on_from_its_own_checkpoint(name: str, tmp_path: Path, make_data: partial) -> None:
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed")
+
     def fit(folder: Path, max_steps: int, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
         module = latent_diffusion_module()
         trainer = quiet_trainer(
             max_steps=max_steps,
             accelerator="gpu",
             devices=1,
-            strategy=fsdp(state_dict_type=state_dict_type),
+            strategy=STRATEGIES[name](),
+            enable_checkpointing=True,
             plugins=[AtomicCheckpointIO()],
             callbacks=[Checkpoints(folder, every_n_steps=2)],
         )
@@ -36,3 +50,14 @@ def test_fsdp_goes_on_from_its_own_checkpoint(state_dict_type: str, tmp_path: Pa
     for name, value in straight.items():
         torch.testing.assert_close(resumed[name], value)
     assert all(is_valid(place) for place in find(tmp_path / "straight"))
+
+
+def test_a_stage_that_the_average_cannot_follow_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 3, expected 1 or 2; set strategy=fsdp2"):
+        deepspeed(stage=3)
+
+
+def test_a_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.training.strategies.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ldm\[deepspeed\]'"):
+        deepspeed()
