@@ -2,7 +2,7 @@
 
 from ldm.conditioners.base import Conditioner
 from ldm.conditioners.bert import BERTText
-from ldm.conditioners.class_label import ClassLabel
+from ldm.conditioners.class_label import ClassIds, ClassLabel
 from ldm.conditioners.clip import CLIPText
 from ldm.conditioners.combined import Combined
 from ldm.conditioners.open_clip import OpenCLIPText
@@ -23,6 +23,7 @@ __all__ = [
     "BERTText",
     "CLIPText",
     "CLIPTokenizer",
+    "ClassIds",
     "ClassLabel",
     "Combined",
     "Conditioner",

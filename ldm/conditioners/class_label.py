@@ -1,33 +1,40 @@
-"""Class labels as one-token context (Rombach et al. 2022, class-conditional ImageNet)."""
+"""Classes: as one learned token (Rombach et al. 2022, class-conditional ImageNet), or as ids that a network embeds."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.conditioners.base import Conditioner
 from ldm.diffusion import Conditioning
 from ldm.nn.arguments import keeps_arguments
 
 
-class ClassLabel(Conditioner):
-    """A learned embedding a class, and one more for "no class": Conditioning(context (B, 1, width)).
+class Classes(Conditioner):
+    """What conditioners of classes share: labels in, of a batch's column or of prompts such as "207".
 
     Args:
-        column: the batch's entry that holds the labels, (B,) integers in [0, num_classes).
+        num_classes: K; labels are integers in [0, K), and K stands for "no class".
+        column: the batch's entry that holds the labels, (B,).
     """
 
-    @keeps_arguments
-    def __init__(self, num_classes: int, *, width: int, column: str = "class_label") -> None:
+    def __init__(self, num_classes: int, *, column: str) -> None:
         super().__init__()
         self.num_classes, self.column, self.columns = num_classes, column, (column,)
-        self.embedding = nn.Embedding(num_classes + 1, width)
+        self.register_buffer("no_class", torch.tensor(num_classes), persistent=False)
+
+    no_class: Tensor
+
+    @abstractmethod
+    def told(self, labels: Tensor) -> Conditioning:
+        """What the network is told of labels (B,), int64 in [0, K]."""
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:
-        """Embeds batch[column].
+        """The conditions of batch[column].
 
         Raises:
             ValueError: the batch has no such column, or a label that is no class.
@@ -36,18 +43,18 @@ class ClassLabel(Conditioner):
             raise ValueError(
                 f"got a batch with {sorted(batch)}, expected {self.column}; set data.columns=[{self.column}]"
             )
-        labels = torch.as_tensor(batch[self.column], device=self.embedding.weight.device)
+        labels = torch.as_tensor(batch[self.column], device=self.no_class.device)
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(wrong):
             raise ValueError(
                 f"got {self.column}={wrong[0].item()}, expected labels from 0 to {self.num_classes - 1}; "
                 "set conditioner.num_classes"
             )
-        return Conditioning(context=self.embedding(labels)[:, None])
+        return self.told(labels.long())
 
     def null(self, n: int) -> Conditioning:
-        """The embedding of "no class", n times."""
-        return Conditioning(context=self.embedding.weight[-1].expand(n, 1, -1))
+        """That there is no class, n times."""
+        return self.told(self.no_class.expand(n))
 
     def prompt_pair(
         self, prompts: Sequence[str], negatives: Sequence[str], *, image_size: tuple[int, int]
@@ -67,5 +74,39 @@ class ClassLabel(Conditioner):
                 "classes, not words"
             )
         known = self({self.column: torch.tensor([int(text or 0) for text in texts])})
-        empty = torch.tensor([not text for text in texts], device=self.embedding.weight.device)
+        empty = torch.tensor([not text for text in texts], device=self.no_class.device)
         return known.select(empty, self.null(len(texts)))
+
+
+class ClassLabel(Classes):
+    """A learned embedding a class, and one more for "no class": Conditioning(context (B, 1, width)).
+
+    Args:
+        num_classes, column: see `Classes`.
+        width: of the embeddings.
+    """
+
+    @keeps_arguments
+    def __init__(self, num_classes: int, *, width: int, column: str = "class_label") -> None:
+        super().__init__(num_classes, column=column)
+        self.embedding = nn.Embedding(num_classes + 1, width)
+
+    def told(self, labels: Tensor) -> Conditioning:
+        """One token a label."""
+        return Conditioning(context=self.embedding(labels)[:, None])
+
+
+class ClassIds(Classes):
+    """The labels themselves, for networks that embed classes (DiT, EDM, ADM): Conditioning(vector (B,) int64).
+
+    Args:
+        num_classes, column: see `Classes`; the network's `num_classes` is the same.
+    """
+
+    @keeps_arguments
+    def __init__(self, num_classes: int, *, column: str = "class_label") -> None:
+        super().__init__(num_classes, column=column)
+
+    def told(self, labels: Tensor) -> Conditioning:
+        """The labels."""
+        return Conditioning(vector=labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -69,10 +69,19 @@ class Denoiser(nn.Module):
         return self.schedule.alpha(t) * x_0 + self.schedule.sigma(t) * eps
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The weighted squared error of the output, mean over (C, H, W): (B,)."""
+        """The weighted squared error of the output, mean over (C, H, W): (B,).
+
+        A network that learns the uncertainty u of each noise level turns an error e into e / exp(u) + u
+        (Karras et al. 2024, eq. 21): all levels then weigh the same, however hard they are.
+        """
         target = self.parameterization.output(x_0, eps, per_sample(t, x_0), self.schedule)
         error = self.output(self.noised(x_0, eps, t), t, cond) - target
-        return self.loss_weight(t) * error.square().flatten(1).mean(1)
+        loss = self.loss_weight(t) * error.square().flatten(1).mean(1)
+        network: Any = self.network
+        if not getattr(network, "learns_uncertainty", False):
+            return loss
+        uncertainty = network.log_variance(self.schedule.network_time(t))
+        return loss / uncertainty.exp() + uncertainty
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """The weight (B,) of the squared error of the output, carried over from the space of the weighting."""

@@ -114,6 +114,11 @@ class EDM2UNet(nn.Module):
             h = apply_block(block, h, emb, recompute=self.checkpoint_blocks)
         return self.out_conv(h, self.out_gain)
 
+    @property
+    def learns_uncertainty(self) -> bool:
+        """Whether training weighs noise levels by `log_variance`."""
+        return self.uncertainty is not None
+
     def log_variance(self, t: Tensor) -> Tensor:
         """u (B,) at network times t (B,): training minimises loss / exp(u) + u (eq. 21).
 

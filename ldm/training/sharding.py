@@ -32,11 +32,13 @@ def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
 
 def shard(network: nn.Module, *, mesh: Any) -> None:
     """Spreads a network's parameters over the ranks of `mesh`; each block's are gathered while it computes."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for block in [*blocks_of(network), network]:
         # Left to itself, the outermost would stay whole until a backward pass, which an average never has.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    if hasattr(network, "log_variance"):
+        register_fsdp_forward_method(network, "log_variance")
 
 
 def shard_whole(module: nn.Module, *, mesh: Any, methods: tuple[str, ...]) -> None:

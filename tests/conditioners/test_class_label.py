@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldm.conditioners import ClassLabel
+from ldm.conditioners import ClassIds, ClassLabel
+from ldm.networks import DiT
 
 
 def make() -> ClassLabel:
@@ -58,3 +59,19 @@ def test_a_prompt_in_words_is_refused() -> None:
         make().prompt_pair(["3", "a cat"], ["", ""], image_size=(8, 8))
     with pytest.raises(ValueError, match=r"^got digit=10, expected labels from 0 to 9"):
         make().prompt_pair(["10"], [""], image_size=(8, 8))
+
+
+def test_ids_go_to_the_network_as_they_are_and_no_class_is_its_own_last_one() -> None:
+    conditioner = ClassIds(10, column="digit")
+    network = DiT(4, 4, patch_size=2, width=16, depth=1, num_heads=2, num_classes=10)
+    cond = conditioner({"digit": torch.tensor([3, 0])})
+    assert set(cond.parts()) == {"vector"}
+    dropped = cond.select(torch.tensor([False, True]), conditioner.null(2))
+    assert dropped.vector is not None
+    assert dropped.vector.tolist() == [3, 10]
+    assert network(torch.zeros(2, 4, 8, 8), torch.zeros(2), dropped).shape == (2, 4, 8, 8)
+    known, unknown = conditioner.prompt_pair(["7", ""], ["", ""], image_size=(8, 8))
+    assert known.vector is not None and unknown.vector is not None
+    assert (known.vector.tolist(), unknown.vector.tolist()) == ([7, 10], [10, 10])
+    assert not conditioner.state_dict()
+    assert conditioner.arguments == {"num_classes": 10, "column": "digit"}

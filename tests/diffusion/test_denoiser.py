@@ -46,6 +46,37 @@ def test_the_edm_loss_is_equation_2_of_the_paper() -> None:
     assert_close(denoiser.network.t, sigma.log() / 4)
 
 
+def test_an_uncertainty_that_is_learned_weighs_noise_levels() -> None:
+    """L / exp(u) + u (Karras et al. 2024, eq. 21), least where u is the logarithm of the error."""
+    generator = torch.Generator().manual_seed(0)
+    y, eps, answer = torch.randn(3, 6, 2, 4, 4, generator=generator, dtype=torch.float64)
+    sigma = torch.logspace(-2, 1.5, 6, dtype=torch.float64)
+    denoiser = edm_denoiser(answer)
+    plain = denoiser.loss(y, eps, sigma, COND)
+    asked: list[Tensor] = []
+
+    class Uncertain(Fixed):
+        learns_uncertainty = True
+
+        def __init__(self, uncertainty: Tensor) -> None:
+            super().__init__(answer)
+            self.uncertainty = uncertainty
+
+        def log_variance(self, t: Tensor) -> Tensor:
+            asked.append(t)
+            return self.uncertainty
+
+    def loss(uncertainty: Tensor) -> Tensor:
+        denoiser.network = Uncertain(uncertainty)
+        return denoiser.loss(y, eps, sigma, COND)
+
+    u = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    assert_close(loss(u), plain / u.exp() + u)
+    assert_close(asked[0], sigma.log() / 4)
+    best = loss(plain.log())
+    assert (best <= torch.stack([loss(plain.log() + 0.1), loss(plain.log() - 0.1)])).all()
+
+
 def test_a_perfect_output_has_no_loss() -> None:
     x_0, eps = torch.randn(2, 6, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     denoiser = Denoiser(
