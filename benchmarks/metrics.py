@@ -1,6 +1,7 @@
 """Metrics of given features: time and peak memory beside torchmetrics and torch-fidelity, and the matrix square root.
 
     python benchmarks/metrics.py compare --images 50000      # each metric of each library in its own process
+    python benchmarks/metrics.py evaluation --images 50000   # FID, KID and IS (and precision and recall) together
     python benchmarks/metrics.py roots                       # tr (S_1 S_2)^(1/2) against scipy
 
 Features are random numbers, N x 2048 on each side (logits N x 1008 for the Inception Score), handed over in batches of
@@ -112,9 +113,75 @@ def torch_fidelity(name: str, num_images: int) -> object:
     return prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)
 
 
+class Numbered:
+    """A set of images that have a number each and no pixels: their features are on disk already."""
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def row(self, index: int) -> dict[str, object]:
+        """What belongs to an image besides its pixels."""
+        return {"prompt": ""}
+
+    def describe(self) -> dict[str, object]:
+        """What a protocol says of them."""
+        return {"count": self.num_images}
+
+
+def our_evaluation(name: str, num_images: int) -> object:
+    """Metrics of `ldm evaluate`, separated by +, from features that a store gets a part at a time, as it does."""
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+
+    from ldm import metrics
+    from ldm.generation.evaluate_features import FeatureStore
+    from ldm.generation.evaluate_measure import Measurement
+
+    kinds = {"fid": metrics.FrechetDistance, "kid": metrics.KernelDistance, "precision_recall": metrics.PrecisionRecall}
+    wide, logits = Drawn(FEATURES, 0), Drawn(LOGITS, 0)
+    chosen = {part: kinds[part](wide) for part in name.split("+") if part in kinds}
+    if "inception_score" in name:
+        chosen["inception_score"] = metrics.InceptionScore(logits)
+    networks = metrics.share_networks(chosen.values())
+    with tempfile.TemporaryDirectory() as place:
+        stores = [FeatureStore(Numbered(num_images), Path(place) / side) for side in ("generated", "real")]
+        for store in stores:
+            for part in range(store.num_parts):
+                for key, network in networks.items():
+                    store.path(key, part).parent.mkdir(parents=True, exist_ok=True)
+                    np.save(store.path(key, part), network(torch.empty(len(store.places(part)))).numpy())
+        return Measurement(chosen, *stores, folder=Path(place), device=torch.device("cpu")).figures()
+
+
+def their_evaluation(name: str, num_images: int) -> object:
+    """The same metrics of torchmetrics, which keep what each keeps, fed in one loop."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    wide, logits = Drawn(FEATURES, 0), Drawn(LOGITS, 0)
+    kinds = {"fid": FrechetInceptionDistance, "kid": KernelInceptionDistance}
+    pairs = [kinds[part](wide) for part in name.split("+") if part in kinds]
+    score = InceptionScore(logits)
+    for places in batches(num_images):
+        images = torch.zeros(len(places), 3, 2, 2, dtype=torch.uint8)
+        score.update(images)
+        for metric in pairs:
+            metric.update(images, real=True)
+            metric.update(images, real=False)
+    return [metric.compute() for metric in [*pairs, score]]
+
+
 LIBRARIES: dict[str, tuple[Callable[[str, int], object], tuple[str, ...]]] = {
     "ldm": (ours, ("fid", "kid", "inception_score", "precision_recall", "density_coverage")),
     "torchmetrics": (torchmetrics, ("fid", "kid", "inception_score")),
+    "ldm evaluate": (our_evaluation, ("fid+inception_score", "fid+kid+inception_score")),
+    "torchmetrics together": (their_evaluation, ("fid+inception_score", "fid+kid+inception_score")),
     "torch-fidelity": (torch_fidelity, ("fid", "kid", "inception_score", "precision_recall")),
 }
 
@@ -137,11 +204,13 @@ def measure(library: str, name: str, num_images: int) -> None:
     print(json.dumps({"seconds": time.process_time() - start, "mib": peak_mib() - before}))
 
 
-def compare(num_images: int) -> None:
-    """Prints a table of all libraries and metrics."""
+def compare(num_images: int, *, together: bool) -> None:
+    """Prints a table of all libraries and metrics: one by one, or together as an evaluation takes them."""
     print("| metric | library | CPU seconds | images/s | MiB |\n|---|---|---:|---:|---:|")
     for library, (_, names) in LIBRARIES.items():
         for name in names:
+            if ("+" in name) != together:
+                continue
             command = [sys.executable, __file__, "measure", library, name, "--images", str(num_images)]
             output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
             found = json.loads(output.strip().splitlines()[-1])
@@ -172,15 +241,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("compare")
+    whole = commands.add_parser("evaluation")
     one = commands.add_parser("measure")
     one.add_argument("library", choices=LIBRARIES)
     one.add_argument("name")
-    for command in (table, one):
+    for command in (table, whole, one):
         command.add_argument("--images", type=int, default=50_000)
     commands.add_parser("roots")
     arguments = parser.parse_args()
-    if arguments.command == "compare":
-        compare(arguments.images)
+    if arguments.command in ("compare", "evaluation"):
+        compare(arguments.images, together=arguments.command == "evaluation")
     elif arguments.command == "measure":
         measure(arguments.library, arguments.name, arguments.images)
     else:

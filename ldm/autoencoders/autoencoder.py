@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -15,14 +15,17 @@ Kind = TypeVar("Kind", bound="Autoencoder")
 
 IMAGE_TOLERANCE = 1e-3
 
+Scale = float | Sequence[float]
+"""One number for all channels of latents, or one for each."""
+
 
 class Autoencoder(nn.Module, ABC):
     """Between images (B, 3, H, W) in [-1, 1] and the latents (B, C, h, w) that diffusion works on.
 
     `encode` gives *moments* (B, M, h, w): all that the encoder says of an image, unscaled, and what latent shards
     keep. `to_latents` makes latents of them, `decode` makes images of latents. The buffers `latent_scale` and
-    `latent_shift` (scalars) are the autoencoder's own: latents = (value - shift) * scale. Raises ValueError for a
-    scale that is not positive.
+    `latent_shift` are the autoencoder's own: latents = (value - shift) * scale. They are scalars or, where C numbers
+    were given, of shape (C, 1, 1). Raises ValueError for a scale that is not positive.
 
     Args:
         latent_channels: C.
@@ -44,8 +47,8 @@ class Autoencoder(nn.Module, ABC):
         latent_channels: int,
         moment_channels: int,
         downsampling_factor: int,
-        latent_scale: float = 1.0,
-        latent_shift: float = 0.0,
+        latent_scale: Scale = 1.0,
+        latent_shift: Scale = 0.0,
     ) -> None:
         super().__init__()
         self.latent_channels, self.moment_channels = latent_channels, moment_channels
@@ -55,8 +58,11 @@ class Autoencoder(nn.Module, ABC):
         self.set_latent_scale(latent_scale, latent_shift)
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str, *, latent_scale: Scale | None = None, latent_shift: Scale | None = None) -> Self:
         """Rebuild the autoencoder in a self-describing weights file, in eval mode; any kind of it, if of this class.
+
+        The latents' scale and shift are the file's, where none are given: latent diffusion's own models on
+        vector-quantised latents take these as they are, 1 and 0; EDM2 has one number for each channel.
 
         Raises FileNotFoundError without the file and ValueError when it holds something else.
         """
@@ -68,17 +74,40 @@ class Autoencoder(nn.Module, ABC):
             )
         autoencoder = kinds[target](**config)
         autoencoder.load_state_dict(state_dict)
+        if latent_scale is not None or latent_shift is not None:
+            scale, shift = (
+                buffer.flatten().tolist() for buffer in (autoencoder.latent_scale, autoencoder.latent_shift)
+            )
+            autoencoder.set_latent_scale(
+                scale if latent_scale is None else latent_scale, shift if latent_shift is None else latent_shift
+            )
         return autoencoder.eval()
 
-    def set_latent_scale(self, scale: float, shift: float = 0.0) -> None:
-        """Set the scale and shift between the encoder's values and latents, in place."""
-        if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
+    def set_latent_scale(self, scale: Scale, shift: Scale = 0.0) -> None:
+        """Set the scale and shift between the encoder's values and latents: one number, or one for each channel."""
+        scales, shifts = _numbers(scale), _numbers(shift)
+        if wrong := {len(scales), len(shifts)} - {1, self.latent_channels}:
+            raise ValueError(
+                f"got a latent scale or shift of {wrong.pop()} numbers, expected one, or one for each of "
+                f"{self.latent_channels} channels"
+            )
+        if not (all(map(math.isfinite, [*scales, *shifts])) and min(scales) > 0):
             raise ValueError(
                 f"got a latent scale of {scale} and shift of {shift}, expected a positive and a finite number; "
                 "measure them on latents that are finite and not constant"
             )
-        self.latent_scale.fill_(scale)
-        self.latent_shift.fill_(shift)
+        self._set_buffer("latent_scale", scales)
+        self._set_buffer("latent_shift", shifts)
+
+    def _set_buffer(self, name: str, numbers: list[float]) -> None:
+        """One number in place, as long as the buffer holds one; another shape makes another buffer."""
+        old: Tensor = getattr(self, name)
+        if len(numbers) == 1 and not old.dim():
+            old.fill_(numbers[0])
+        else:
+            setattr(
+                self, name, old.new_tensor(numbers).view(-1, 1, 1) if len(numbers) > 1 else old.new_tensor(numbers[0])
+            )
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -130,6 +159,10 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"got images with values up to {extent:g} in size, expected [-1, 1]; scale 0..255 by x / 127.5 - 1"
             )
+
+
+def _numbers(value: Scale) -> list[float]:
+    return [float(number) for number in value] if isinstance(value, Sequence) else [float(value)]
 
 
 def _kinds(cls: type[Kind]) -> Iterator[type[Kind]]:

@@ -6,7 +6,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from ldm.autoencoders.autoencoder import Autoencoder
+from ldm.autoencoders.autoencoder import Autoencoder, Scale
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -57,7 +57,7 @@ class GaussianAutoencoder(Autoencoder):
     loss_unit = "image"
 
     def __init__(
-        self, *, latent_channels: int, downsampling_factor: int, latent_scale: float = 1.0, latent_shift: float = 0.0
+        self, *, latent_channels: int, downsampling_factor: int, latent_scale: Scale = 1.0, latent_shift: Scale = 0.0
     ) -> None:
         super().__init__(
             latent_channels=latent_channels,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ldm.autoencoders.autoencoder import Scale
 from ldm.autoencoders.gaussian import LOGVAR_RANGE, GaussianAutoencoder
 
 
@@ -13,7 +14,7 @@ class IdentityAutoencoder(GaussianAutoencoder):
     outside [-1, 1].
     """
 
-    def __init__(self, image_channels: int = 3, *, latent_scale: float = 1.0, latent_shift: float = 0.0) -> None:
+    def __init__(self, image_channels: int = 3, *, latent_scale: Scale = 1.0, latent_shift: Scale = 0.0) -> None:
         super().__init__(
             latent_channels=image_channels,
             downsampling_factor=1,

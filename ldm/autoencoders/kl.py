@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.autoencoders.autoencoder import Scale
 from ldm.autoencoders.blocks import AutoencoderGeometry
 from ldm.autoencoders.decoder import Decoder
 from ldm.autoencoders.encoder import Encoder
@@ -45,8 +46,8 @@ class KLAutoencoder(GaussianAutoencoder):
         attention_type: str = "vanilla",
         dropout: float = 0.0,
         norm_groups: int = 32,
-        latent_scale: float = 1.0,
-        latent_shift: float = 0.0,
+        latent_scale: Scale = 1.0,
+        latent_shift: Scale = 0.0,
     ) -> None:
         geometry = AutoencoderGeometry(
             base_channels=base_channels,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoders.autoencoder import Autoencoder
+from ldm.autoencoders.autoencoder import Autoencoder, Scale
 from ldm.autoencoders.blocks import AutoencoderGeometry
 from ldm.autoencoders.decoder import Decoder
 from ldm.autoencoders.encoder import Encoder
@@ -55,8 +55,8 @@ class VQAutoencoder(Autoencoder):
         norm_groups: int = 32,
         codebook_weight: float = 0.25,
         commitment_weight: float = 1.0,
-        latent_scale: float = 1.0,
-        latent_shift: float = 0.0,
+        latent_scale: Scale = 1.0,
+        latent_shift: Scale = 0.0,
     ) -> None:
         geometry = AutoencoderGeometry(
             base_channels=base_channels,

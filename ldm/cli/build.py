@@ -11,14 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.cli.errors import UserError, call_mistake, user_mistakes
 
 
-def build(node: DictConfig, *arguments: Any) -> Any:
-    """Calls a node's `_target_` with its settings, after positional arguments; containers become plain ones.
+def build(node: DictConfig, *arguments: Any, **objects: Any) -> Any:
+    """Calls a node's `_target_` with its settings, after positional arguments and beside objects that no config holds.
+
+    Containers become plain ones.
 
     Raises:
         UserError: a setting is wrong.
     """
     with user_mistakes():
-        return instantiate(node, *arguments, _convert_="all")
+        return instantiate(node, *arguments, _convert_="all", **objects)
 
 
 def build_later(node: DictConfig) -> Callable[..., Any]:

@@ -14,14 +14,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.compose import compose_command, group_options, nested_options
+from ldm.cli.compose import compose_command, config_name, group_options, nested_options
 from ldm.cli.console import heading, rank, say
 from ldm.cli.errors import UserError, user_mistakes
+from ldm.cli.main import split_command
 from ldm.cli.provenance import redact_override
 from ldm.cli.run_folder import RUN_ID_VARIABLE, RunFolder, latest_finished
 
 # Commands that have a run folder; each module's `produce` fills it and returns the result.
-PRODUCERS = ("train", "shard", "encode")
+PRODUCERS = ("train", "shard", "data encode")
 # What torchrun and srun tell a process. Links run on rank 0 alone and must not see it.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
 
@@ -37,7 +38,7 @@ class Link:
     @property
     def title(self) -> str:
         """The command as a user types it after `ldm`."""
-        return shlex.join([self.command, *map(redact_override, self.overrides)])
+        return shlex.join([*self.command.split(), *map(redact_override, self.overrides)])
 
 
 # Of the chain under way: the folder of each link that has run or was there, and of each run found outside it.
@@ -88,7 +89,7 @@ def _collect(config: DictConfig, main: DictConfig, found: dict[str, Link], *, un
 
 
 def _compose_link(line: str, main: DictConfig) -> Link:
-    command, *overrides = shlex.split(line) or [""]
+    command, overrides = split_command(shlex.split(line) or [""])
     if command not in PRODUCERS:
         raise UserError(f"requires: got `{line}`, expected one of {', '.join(PRODUCERS)} and its overrides")
     if command == "train":
@@ -103,9 +104,10 @@ def _compose_link(line: str, main: DictConfig) -> Link:
 
 def _run_link(link: Link, prefix: str, *, is_last: bool) -> RunFolder:
     with user_mistakes():
-        folder = RunFolder.of(link.config, command=link.command)
+        folder = RunFolder.of(link.config, command=link.command, reserve=True)
     where = shown(folder.path)
     if folder.finished:
+        folder.check_is_of_these_settings()
         say(f"{prefix}{link.title}: finished before, nothing to do ({where})")
         return folder
     if not is_last and rank():
@@ -113,7 +115,7 @@ def _run_link(link: Link, prefix: str, *, is_last: bool) -> RunFolder:
     if prefix:
         heading(f"{prefix}{link.title}")
     say(f"run folder: {where}", style="dim")
-    produce = import_module(f"ldm.cli.{link.command}").produce
+    produce = import_module(f"ldm.cli.{config_name(link.command)}").produce
     hidden = () if is_last else LAUNCHER_VARIABLES
     with folder.hold(f"ldm {link.title}"), _environment(folder, hidden=hidden):
         started = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -21,6 +22,8 @@ from ldm.cli.errors import UserError, closest, did_you_mean, mistake, one_line
 
 # How alike two names must be for `+name` to count as a slip of the pen: max_stepz and max_steps are, max_time is not.
 SLIP = 0.8
+# Extras that install Hydra's launchers.
+LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 
 
 def conf_folder() -> Path:
@@ -60,6 +63,10 @@ def checked(command: str, config: DictConfig, overrides: Sequence[str], *, choic
     check_overrides(command, overrides, config)
     if "name" in config and config.name is None:
         config.name = choices.get("experiment") or choices.get("dataset")
+    if config.get("scale"):
+        from ldm.cli.tiny import shrink
+
+        shrink(config)
     return config
 
 
@@ -131,6 +138,14 @@ def nested_options(group: str) -> list[str]:
     return group_options(group) + [f"{sub}/{option}" for sub in inner for option in nested_options(f"{group}/{sub}")]
 
 
+def hydra_options() -> list[str]:
+    """Hydra's options by which this command finds configs, for the commands that it starts."""
+    settings = HydraConfig.get()
+    folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
+    search_path = [item for item in settings.overrides.hydra if item.lstrip("+").startswith("hydra.searchpath=")]
+    return [*(word for folder in folders for word in ("--config-dir", folder)), *search_path]
+
+
 def _loader() -> ConfigLoader:
     return GlobalHydra.instance().config_loader()
 
@@ -160,6 +175,8 @@ def _explain_missing_option(error: MissingConfigException, overrides: Sequence[s
     options = sorted({*(error.options or ()), *nested_options(group)}) if group else []
     if not options:
         return one_line(error).partition(" Search path:")[0]
+    if group == "hydra/launcher" and option in LAUNCHER_EXTRAS:
+        return f"{group}={option}: it is not installed; install it with: pip install 'ldm[{LAUNCHER_EXTRAS[option]}]'"
     file = re.search(r"In '([^']+/[^']+)'", str(error))
     place = f" (asked for in {file[1]}.yaml)" if file else ""
     hint = did_you_mean(option, options) or "."

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Exit codes: a user's mistake, diverged, storage failed, Ctrl-C, stopped by another signal.
-USER_ERROR, DIVERGED, STORAGE, INTERRUPTED, PREEMPTED = 2, 3, 4, 130, 143
+# Exit codes: faults in the data, a user's mistake, diverged, storage failed, Ctrl-C, stopped by another signal.
+DATA_FAULTS, USER_ERROR, DIVERGED, STORAGE, INTERRUPTED, PREEMPTED = 1, 2, 3, 4, 130, 143
+# Of `ldm doctor`, and of ranks that are not what they should be.
+CHECK_FAILED = 1
 
 _OUT = Console(highlight=False, soft_wrap=True)
 _ERR = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -35,11 +37,15 @@ def heading(line: str) -> None:
 
 
 def complain(line: str) -> None:
-    """Prints a one-line error on standard error."""
-    _ERR.print(Text.assemble(("error: ", "bold red"), line))
+    """Prints a one-line error on standard error, without credentials."""
+    from ldm.cli.provenance import hide_values
+
+    _ERR.print(Text.assemble(("error: ", "bold red"), hide_values(line)))
 
 
 def show(table: Table) -> None:
     """Prints a table on standard output, from rank 0 alone; at its full width where no terminal limits it."""
     if rank() == 0:
-        _OUT.print(table, width=None if _OUT.is_terminal else 240)
+        # A console's own width is a limit that `print` cannot raise.
+        console = _OUT if _OUT.is_terminal else Console(highlight=False, width=240)
+        console.print(table)

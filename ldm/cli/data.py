@@ -1,4 +1,4 @@
-"""`ldm data index | validate | filter | report`: looking at shards before training on them."""
+"""`ldm data index | validate | filter | report | encode`: what is done to shards before training on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def index(config: DictConfig, overrides: Sequence[str]) -> None:
 
     with user_mistakes():
         sums = index_shards(
-            _shards(config), sha256=config.sha256, force=config.force, workers=config.workers, progress=_Progress()
+            _shards(config), sha256=config.sha256, force=config.force, workers=config.workers, progress=Progress()
         )
     heading(f"{sums['num_shards']} shards: {sums['num_samples']:,} samples, {sums['bytes']:,} bytes")
     if sums["num_bad"]:
@@ -60,7 +60,7 @@ def validate(config: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"accept: got {kind}, expected kinds such as {hint or ', '.join(KINDS)}")
     with user_mistakes():
         checks = Checks(decode=config.decode, min_side=config.min_side)
-        verdict = validate_shards(_shards(config), checks=checks, workers=config.workers, progress=_Progress())
+        verdict = validate_shards(_shards(config), checks=checks, workers=config.workers, progress=Progress())
         if config.out is not None:
             Path(config.out).write_text(json.dumps(verdict.as_json(), indent=1))
     _tell(verdict, accepted=list(config.accept), limit=config.show)
@@ -89,6 +89,9 @@ def filter(config: DictConfig, overrides: Sequence[str]) -> None:
     if summary["num_unreadable"]:
         name, reason = next(iter(summary["unreadable"].items()))
         say(f"  {summary['num_unreadable']:,} without readable metadata, left out: {name} ({reason}), ...")
+    if not kept:
+        say("nothing is kept, so there is nothing to train on; filter.where asks too much", style="yellow")
+        return
     use = f"data.filter={shown(out.absolute())}" if config.write == "keys" else f"data.train={shown(out.absolute())}"
     say(f"train on them with {use}")
 
@@ -101,18 +104,25 @@ def report(config: DictConfig, overrides: Sequence[str]) -> None:
     """
     from ldm.data.report import PAGE, report_shards
 
-    out, names = _path(config, "out"), ("rows", "images", "thumbnails", "distance", "metadata", "workers")
+    out, names = _path(config, "out"), ("rows", "pictures", "thumbnails", "distance", "metadata", "workers")
     filters = {str(name): build(node) for name, node in config.filters.items() if node is not None}
     with user_mistakes():
         settings = {name: config[name] for name in names}
-        summary = report_shards(_shards(config), out, filters=filters, progress=_Progress(), **settings)
+        summary = report_shards(_shards(config), out, filters=filters, progress=Progress(), **settings)
     heading(f"{len(summary['shards'])} shards: {summary['num_samples']:,} samples")
     for told in summary["shards_unreadable"]:
         say(f"  left out: {told}")
     say(f"report: {shown((out / PAGE).absolute())}")
 
 
-class _Progress:
+def encode(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Encodes pictures and captions; see `ldm.cli.data_encode`."""
+    from ldm.cli import data_encode
+
+    data_encode.encode(config, overrides)
+
+
+class Progress:
     """Says now and then how many shards are done."""
 
     def __init__(self) -> None:

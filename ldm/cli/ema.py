@@ -44,6 +44,22 @@ def ema(config: DictConfig, overrides: Sequence[str]) -> None:
     report(made, out, num_snapshots=len(snapshots))
 
 
+def averaged(folder: Path, sigma_rel: float) -> Path:
+    """The weights of a run's average of this length at its newest snapshot; made, unless an earlier call did.
+
+    Raises:
+        UserError: the run has no snapshots, or there is no such length.
+    """
+    from ldm.training.post_hoc_ema import find_snapshots
+
+    with user_mistakes():
+        step = max(one.profile.step for one in find_snapshots(snapshots_of(folder)))
+    out = folder / "ema" / f"sigma_rel_{sigma_rel}_step_{step}.safetensors"
+    if not out.is_file():
+        ema(OmegaConf.create({"run": str(folder), "sigma_rel": sigma_rel, "step": step, "out": None}), [])
+    return out
+
+
 def find_run(config: DictConfig) -> Path:
     """The folder of the run that `run=` names, or of the newest finished one with snapshots.
 

@@ -27,11 +27,12 @@ class RunFailed(Exception):
     Args:
         line: what happened, and what to do.
         code: the exit code.
+        alone: whether one rank says so, whichever it is; else all know it and the first one says it.
     """
 
-    def __init__(self, line: str, code: int) -> None:
+    def __init__(self, line: str, code: int, *, alone: bool = False) -> None:
         super().__init__(line)
-        self.code = code
+        self.code, self.alone = code, alone
 
 
 class Interrupted(KeyboardInterrupt):

@@ -23,6 +23,7 @@ from ldm.training import LatentDiffusionModule
 from ldm.training.checkpoint_folders import is_checkpoint
 from ldm.training.checkpoint_parts import read_model
 from ldm.training.frozen import restore_frozen
+from ldm.training.precomputed import use_text_files
 
 
 def load(
@@ -130,6 +131,7 @@ def build_model(config: dict[str, Any], folder: Path | None, *, trust: Sequence[
     copy = folder / "autoencoder.safetensors" if folder else None
     if copy and copy.is_file() and "path" in (model.get("autoencoder") or {}):
         model["autoencoder"]["path"] = str(copy)
+    use_text_files(model, folder)
     built = build(OmegaConf.create(model))
     if not isinstance(built, LatentDiffusionModule):
         raise ValueError(f"got a trained {type(built).__name__}, expected a LatentDiffusionModule; name another run")

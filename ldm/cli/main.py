@@ -14,24 +14,32 @@ from ldm.cli.console import USER_ERROR, complain
 COMMANDS = {
     "train": "train an experiment, after whatever it requires",
     "sweep": "try many settings of one experiment, and keep the best",
+    "plan": "predict what an experiment takes on other machines: memory, time, communication, data",
+    "launch": "write the file that starts a training on a cluster",
     "sample": "make pictures from prompts, and from pictures",
-    "evaluate": "measure a trained model",
+    "evaluate": "measure a trained model, or images",
+    "compare": "put evaluations side by side on one page, and beside what a paper published",
+    "papers": "published runs: what is built beside them, and what was measured",
+    "reproduce": "run a published experiment, evaluate it by its protocol, and judge",
+    "vote page": "make a page on which a person votes blindly between two evaluations",
+    "vote count": "say what the votes of a page mean",
     "ema": "make a moving average of any length from snapshots of a run",
+    "doctor": "find what is wrong with this machine before a run does",
     "shard": "write a dataset as WebDataset shards",
     "convert": "turn a model of one project's format into another's",
-    "encode": "turn image shards into latent shards, once and for all",
     "data index": "note where everything in each shard lies, and what it holds",
     "data validate": "find every fault of every shard, by shard and key",
     "data filter": "choose samples by conditions on their metadata",
     "data report": "show on one page what shards hold",
+    "data encode": "turn pictures into latents and captions into text embeddings, once and for all",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 done, 1 `ldm data` found faults, 2 a user's mistake, 3 training diverged, 4 storage failed, 130 interrupted by
-    Ctrl-C, 143 by another signal.
+    0 done, 1 faults found, a check failed or memory ran out, 2 a user's mistake, 3 training diverged, 4 storage
+    failed, 130 interrupted by Ctrl-C, 143 by another signal.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -37,6 +37,12 @@ _SECRET = re.compile(
     r"|\w*(?:password|passwd|secret)\w*|(?:\w+_)?(?:api|access|private)_?key|(?:\w+_)?(?:api|access|auth|hf)_?token"
 )
 
+# user:password@ of an address, and the parameters that sign one.
+_IN_URL = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])((?:x-amz-|x-goog-)?(?:signature|credential|security-token)|sig|token|\w*key)=[^&\s]+",
+    re.I,
+)
+
 
 def is_secret(name: str) -> bool:
     """Whether a setting or variable of this name holds a credential."""
@@ -49,14 +55,14 @@ def redact(node: Any) -> Any:
         return {key: REDACTED if value and is_secret(str(key)) else redact(value) for key, value in node.items()}
     if isinstance(node, list):
         return [redact(item) for item in node]
-    return _hide_values(node) if isinstance(node, str) else node
+    return hide_values(node) if isinstance(node, str) else node
 
 
 def redact_override(override: str) -> str:
     """A command-line word with its value hidden if it is a credential."""
     key, equals, _ = override.partition("=")
     secret = equals and is_secret(key.lstrip("+").rpartition(".")[2])
-    return f"{key}={REDACTED}" if secret else _hide_values(override)
+    return f"{key}={REDACTED}" if secret else hide_values(override)
 
 
 def environment() -> dict[str, Any]:
@@ -70,12 +76,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _hide_values(text: str) -> str:
-    """Hides the values of this process's credential variables inside a text."""
+def hide_values(text: str) -> str:
+    """Hides the values of this process's credential variables inside a text, and credentials inside addresses."""
     for name, value in os.environ.items():
         if len(value) >= 8 and is_secret(name):
             text = text.replace(value, REDACTED)
-    return text
+    if "://" not in text:
+        return text
+    return _IN_URL.sub(lambda found: f"{found[1]}={REDACTED}" if found[1] else REDACTED, text)
 
 
 def _version(package: str) -> str | None:

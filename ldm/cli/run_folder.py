@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.console import rank, say
 from ldm.cli.errors import UserError
+from ldm.cli.lock import locked
 from ldm.cli.provenance import environment, redact
 
 # Set for the ranks that Lightning starts itself: a run_id that is counted up must be the same for all.
@@ -33,10 +33,23 @@ WITHOUT_EFFECT = (
     "requires",
     "inherit",
     "next_step",
+    "card",
+    # What it decides stands in the metrics too.
+    "inception_weights",
     "device",
+    "data.remote",
+    "data.run_folder",
+    "dataset.workers",
+    "executor",
+    "readers",
+    "data.max_bad_fraction",
     "logger",
     "callback.progress",
     "callback.preemption",
+    "callback.watchdog",
+    "on_out_of_memory",
+    "callback.self_check",
+    "data.allow_change",
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
     "trainer.default_root_dir",
@@ -52,15 +65,20 @@ class RunFolder:
         path: the folder; it need not exist yet.
         command: the command that fills it, such as "train".
         config: the run's config with everything resolved.
+        settings: eight digits of all that changes a result; where no run_id is given, they are its name.
     """
 
     path: Path
     command: str
     config: DictConfig
+    settings: str
 
     @classmethod
-    def of(cls, config: DictConfig, *, command: str) -> RunFolder:
+    def of(cls, config: DictConfig, *, command: str, reserve: bool = False) -> RunFolder:
         """The run that a composed config describes; resolves the config in place.
+
+        Args:
+            reserve: whether `resume=never` makes its new folder at once, so that no other start finds the same one.
 
         Raises:
             ValueError: the name or the id cannot be a folder's, or `resume` is a path that does not exist.
@@ -69,12 +87,13 @@ class RunFolder:
         _check_resume(config)
         # Mistakes show here, and `result` notes which runs it means before `digest` hides the places.
         OmegaConf.to_container(config, resolve=True)
-        path = Path(config.paths.runs) / _safe("name", config.name) / _safe("run_id", config.run_id or digest(config))
+        settings = digest(config)
+        path = Path(config.paths.runs) / _safe("name", config.name) / _safe("run_id", config.run_id or settings)
         if config.get("resume") == "never":
-            path = _unused(path)
+            path = _unused(path, make=reserve)
         config.run_id, config.run_dir = path.name, str(path)
         OmegaConf.resolve(config)
-        return cls(path, command, config)
+        return cls(path, command, config, settings)
 
     @property
     def plain_config(self) -> dict[str, Any]:
@@ -86,6 +105,19 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the result is there."""
         return (self.path / "result.json").is_file()
+
+    def check_is_of_these_settings(self) -> None:
+        """Refuses a finished run of a given run_id whose settings were others: its result is not what is asked for.
+
+        Raises:
+            UserError: they differ.
+        """
+        finished_with = json.loads((self.path / "result.json").read_text()).get("settings", self.settings)
+        if finished_with != self.settings:
+            raise UserError(
+                f"run_id: got {self.path.name}, where a run with other settings is finished ({self.path}/config.yaml "
+                "has them), expected another run_id; or leave it out"
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -104,14 +136,14 @@ class RunFolder:
         if rank():
             yield
             return
-        fresh = not self.path.exists()
+        fresh = not self.path.exists() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
             self._record(command_line)
             try:
                 yield
             except UserError:
-                if fresh and not self.checkpoints.exists():
+                if fresh and not self.checkpoints.exists() and next(self.path.glob("*/*.tar"), None) is None:
                     shutil.rmtree(self.path)
                     with suppress(OSError):  # other runs of this name are there
                         self.path.parent.rmdir()
@@ -121,7 +153,7 @@ class RunFolder:
         """Writes result.json, the mark of a finished run, last and whole."""
         if rank() == 0:
             head = {"command": self.command, "name": self.path.parent.name, "run_id": self.path.name}
-            write_json(self.path / "result.json", {**head, **result})
+            write_json(self.path / "result.json", {**head, "settings": self.settings, **result})
 
     def checkpoint_to_resume(self) -> Path | str | None:
         """The newest valid checkpoint, or what `resume` names, or None for a fresh start; sets damaged ones aside."""
@@ -202,10 +234,10 @@ def newest_checkpoint(path: Path | str) -> Path | str:
 
 
 def _set_aside(place: Path | str, reason: str) -> None:
-    """Renames a damaged checkpoint on this machine, and says so."""
-    from ldm.training.checkpoint_files import quarantine
+    """Keeps a damaged checkpoint where nothing takes it for one, and says so."""
+    from ldm.training.checkpoint_folders import set_aside
 
-    kept = f"; it is kept as {quarantine(place).name}" if rank() == 0 and isinstance(place, Path) else ""
+    kept = f"; it is kept as {set_aside(place)}" if rank() == 0 else ""
     say(f"{Path(place).name} is damaged; going back to an older checkpoint ({reason}{kept})", style="yellow")
 
 
@@ -239,20 +271,30 @@ def _safe(key: str, name: object) -> str:
     return str(name)
 
 
-def _unused(path: Path) -> Path:
-    """The folder itself, or the first of path-2, path-3, ... that does not exist; one for all ranks of a run."""
+def _unused(path: Path, *, make: bool) -> Path:
+    """The folder itself, or the first of path-2, ... that does not exist; one for all ranks of a run."""
     if rank() and RUN_ID_VARIABLE in os.environ:
         return path.with_name(os.environ[RUN_ID_VARIABLE])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "resume: got never under a launcher, where ranks cannot agree on a new folder; give run_id=NAME"
         )
-    number = 2
-    candidate = path
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name}-{number}")
+    number, candidate = 1, path
+    while not _is_new(candidate, make=make):
         number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def _is_new(path: Path, *, make: bool) -> bool:
+    """Whether nothing is there yet; of two that make it in the same moment one finds it taken."""
+    if not make:
+        return not path.exists()
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _drop(container: dict[str, Any], key: str) -> None:
@@ -262,21 +304,3 @@ def _drop(container: dict[str, Any], key: str) -> None:
         node = node.get(parent) if isinstance(node, dict) else None
     if isinstance(node, dict):
         node.pop(last, None)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder/.lock` until the end or this process's death; unlike flock, no forked worker keeps it alive."""
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"{folder}: process {holder} is at work in this run folder; wait for it, or give run_id=NAME"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,26 +253,16 @@ def record(config: DictConfig, settings: SamplingSettings, checkpoint: Path) -> 
 
 def describe(settings: SamplingSettings) -> dict[str, Any]:
     """Sampling settings as plain values: class names, numbers."""
+    from ldm.generation.evaluate_protocol import plain
+
     return {
         "sampler": type(settings.sampler).__name__,
-        "sampler_options": _plain(settings.sampler),
+        "sampler_options": plain(settings.sampler),
         "discretization": type(settings.discretization).__name__,
-        "discretization_options": _plain(settings.discretization),
+        "discretization_options": plain(settings.discretization),
         "num_steps": settings.num_steps,
-        "guidance": _plain(settings.guidance),
+        "guidance": plain(settings.guidance),
     }
-
-
-def _plain(part: object) -> dict[str, Any]:
-    """The attributes of an object that JSON can hold."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(part).items()}
-    return {key: value for key, value in values.items() if _is_plain(value)}
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _options(node: DictConfig) -> dict[str, Any]:

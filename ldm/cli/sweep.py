@@ -12,13 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.build import build
 from ldm.cli.chain import plan as plan_chain
 from ldm.cli.chain import register_resolver, remember, shown
-from ldm.cli.compose import compose_command
+from ldm.cli.compose import compose_command, hydra_options
 from ldm.cli.console import heading, rank, say
 from ldm.cli.errors import Interrupted, RunFailed, UserError, did_you_mean, user_mistakes
 from ldm.cli.provenance import redact, redact_override
@@ -28,10 +27,10 @@ from ldm.cli.sweep_space import Choice, Parameter, check_free, override, read_sp
 # Settings of the sweep itself; every other override is its trials'.
 GROUPS = ("space", "search", "pruner")
 SETTINGS = (
-    *("num_trials", "num_workers", "objective", "direction", "take", "executor", "launcher", "devices", "retries"),
+    *("num_trials", "num_workers", "objective", "direction", "take", "backend", "launcher", "devices", "retries"),
     *("poll_seconds", "grace_seconds", "sweep_id", "dry_run", "submitit"),
 )
-CHOICES = {"direction": ("minimize", "maximize"), "take": ("last", "best"), "executor": ("local", "submitit")}
+CHOICES = {"direction": ("minimize", "maximize"), "take": ("last", "best"), "backend": ("local", "submitit")}
 # The exit code of a sweep without a finished trial.
 NOTHING_FINISHED = 1
 
@@ -80,14 +79,14 @@ def check_settings(config: DictConfig) -> None:
             raise UserError(f"{key}: got {config[key]}, expected a whole number from {smallest} on")
     if not config.objective:
         raise UserError("objective: got nothing, expected a column of metrics.csv, such as val/loss")
-    if config.devices is not None and config.executor != "local":
+    if config.devices is not None and config.backend != "local":
         raise UserError("devices: got some for a cluster, which gives them itself; use submitit.gpus_per_node")
     if config.devices is not None and len(config.devices) != config.num_workers:
         raise UserError(
             f"devices: got {len(config.devices)} for num_workers={config.num_workers}, expected one entry a worker"
         )
-    if config.submitit and config.executor != "submitit":
-        raise UserError("submitit: got settings without executor=submitit; add it, or leave them out")
+    if config.submitit and config.backend != "submitit":
+        raise UserError("submitit: got settings without backend=submitit; add it, or leave them out")
     if rank():
         raise UserError("ldm sweep starts its trials itself; run it alone, and give launcher='torchrun ...'")
 
@@ -125,7 +124,7 @@ def sweep_folder(config: DictConfig, parameters: Sequence[Parameter], base: Sequ
 def command_prefix(config: DictConfig) -> list[str]:
     """What a trial's command begins with: its launcher, `train`, and where its configs are."""
     launcher = shlex.split(config.launcher) if config.launcher else [sys.executable, "-m", "ldm.cli.main"]
-    return [*launcher, "train", *_hydra_options()]
+    return [*launcher, "train", *hydra_options()]
 
 
 def _run(folder: Path, config: DictConfig, parameters: Sequence[Parameter], base: Sequence[str], start: Any) -> None:
@@ -165,7 +164,7 @@ def _run(folder: Path, config: DictConfig, parameters: Sequence[Parameter], base
     if best is None:
         raise RunFailed(f"no trial of {shown(folder)} finished; trials.csv tells why", NOTHING_FINISHED)
     say("next:")
-    say(f"  {next_command(folder, study, plan, _hydra_options())}", style="bold")
+    say(f"  {next_command(folder, study, plan, hydra_options())}", style="bold")
 
 
 def _choose(config: DictConfig) -> Callable[[list[float]], float]:
@@ -177,7 +176,7 @@ def _choose(config: DictConfig) -> Callable[[list[float]], float]:
 def _starter(config: DictConfig, runs: Path) -> Any:
     from ldm.cli.sweep_trial import start_local, submitit_starter
 
-    if config.executor == "local":
+    if config.backend == "local":
         return start_local
     if config.dry_run:
         return None
@@ -212,7 +211,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _run_link(command: str, overrides: Sequence[str]) -> None:
-    words = [sys.executable, "-m", "ldm.cli.main", *command.split(), *_hydra_options(), *overrides]
+    words = [sys.executable, "-m", "ldm.cli.main", *command.split(), *hydra_options(), *overrides]
     # Of a session of its own, so that Ctrl-C reaches it once.
     with subprocess.Popen(words, start_new_session=True) as process:
         try:
@@ -227,10 +226,10 @@ def _run_link(command: str, overrides: Sequence[str]) -> None:
 def _say_dry_run(config: DictConfig, parameters: Sequence[Parameter], base: Sequence[str]) -> None:
     for link in plan_chain(compose_command("train", base)):
         say(f"first, if it is not there yet: ldm {link.title}")
-    say(f"{config.num_trials} trials, {config.num_workers} at once, {config.executor}, each such as:")
+    say(f"{config.num_trials} trials, {config.num_workers} at once, {config.backend}, each such as:")
     examples = [override(parameter.key, parameter.examples[0]) for parameter in parameters]
     say(f"  {shlex.join([*command_prefix(config), *map(redact_override, base), *examples])}", style="bold")
-    if config.executor == "submitit":
+    if config.backend == "submitit":
         for key, value in _plain(config, "submitit").items():
             say(f"  submitit {key}: {value}")
 
@@ -238,11 +237,3 @@ def _say_dry_run(config: DictConfig, parameters: Sequence[Parameter], base: Sequ
 def _plain(config: DictConfig, key: str) -> dict[str, Any]:
     """A node as a plain dict; empty where there is none."""
     return cast(dict[str, Any], OmegaConf.to_container(config[key])) if config.get(key) else {}
-
-
-def _hydra_options() -> list[str]:
-    """Where this command finds configs, for the commands that it starts."""
-    settings = HydraConfig.get()
-    folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
-    search_path = [item for item in settings.overrides.hydra if item.lstrip("+").startswith("hydra.searchpath=")]
-    return [*(word for folder in folders for word in ("--config-dir", folder)), *search_path]

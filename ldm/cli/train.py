@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from omegaconf import DictConfig
 
 from ldm.cli.build import build, build_all, build_later
 from ldm.cli.chain import run_chain, shown
-from ldm.cli.console import DIVERGED, STORAGE, heading, rank, say
+from ldm.cli.console import CHECK_FAILED, DATA_FAULTS, DIVERGED, STORAGE, heading, rank, say
 from ldm.cli.errors import Interrupted, RunFailed, UserError, mistake, user_mistakes
+from ldm.cli.evaluate_parts import evaluate_at_end
+from ldm.cli.memory import OUT_OF_MEMORY, check_memory, halve, remedies
 from ldm.cli.run_folder import RunFolder
 from ldm.cli.sampling import open_pipeline
 
@@ -32,7 +35,7 @@ def produce(folder: RunFolder) -> dict[str, Any]:
     Raises:
         UserError: something cannot be built.
         KeyboardInterrupt: a signal stopped the run; a checkpoint is saved.
-        RunFailed: training diverged, or checkpoints cannot be written.
+        RunFailed: training diverged, checkpoints cannot be written, or the data are too bad.
     """
     config = folder.config
     for part in ("model", "data"):
@@ -41,22 +44,22 @@ def produce(folder: RunFolder) -> dict[str, Any]:
                 f"{part}: experiment {config.name} sets none, so there is nothing to train; choose {part}=..."
             )
     # Torch and Lightning take seconds to import: only from here on are they needed.
-    from ldm.training.fit import leave_group, seed_everything
+    from ldm.training.fit import leave_group
 
     # Built before training, so that a mistake in it shows now, and before seeding, so that it changes nothing.
     evaluation = build(config.evaluation) if config.evaluation and "_target_" in config.evaluation else None
-    seed_everything(config.seed)
-    model, data = build(config.model), build(config.data)
-    _say_data(data)
-    _fit(folder, model, data)
-    summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
+    check_memory(config)
+    with data_faults():
+        model, data = _trained(folder)
+        summary = model.eval().finish(folder.path, data=data, config=folder.plain_config)
     leave_group()
     if rank():
         return {}
     if evaluation is None:
         return {"summary": summary}
     heading("evaluating")
-    return {"summary": summary, "evaluation": evaluation(open_pipeline(folder.path, None), folder.path)}
+    figures = evaluate_at_end(evaluation, open_pipeline(folder.path, None), folder.path)
+    return {"summary": summary, "evaluation": figures}
 
 
 def report(folder: RunFolder) -> None:
@@ -108,20 +111,89 @@ def _say_data(data: Any) -> None:
 
     if not isinstance(data, ShardDataModule):
         return
-    first, *others = dict.fromkeys(path.parent.absolute() for path in data.paths["train"])
+    first, *others = data.places("train")
     with user_mistakes():
         num_samples = len(data.dataset("train"))
     more = f" and {len(others)} more folders" if others else ""
-    say(f"data: {shown(first)}{more}, {num_samples} samples", style="dim")
+    say(f"data: {first if '://' in first else shown(Path(first))}{more}, {num_samples} samples", style="dim")
 
 
-def _fit(folder: RunFolder, model: Any, data: Any) -> None:
+@contextmanager
+def data_faults() -> Iterator[None]:
+    """Turns data that are too bad, or cannot be fetched, into a `RunFailed`, whatever noticed it."""
+    from ldm.data.decoding import CorruptSampleError, UnreachableError
+    from ldm.data.ledger import BadDataError
+
+    try:
+        yield
+    except (UserError, BadDataError, CorruptSampleError, UnreachableError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        while isinstance(cause, Exception) and type(cause).__name__ in ("SetupError", "InstantiationException"):
+            cause = cause.__cause__
+        if not isinstance(cause, BadDataError | CorruptSampleError | UnreachableError):
+            raise
+        raise RunFailed(str(cause), DATA_FAULTS) from error
+
+
+def _trained(folder: RunFolder) -> tuple[Any, Any]:
+    """The model, trained to the end, and its data; in smaller pieces where memory runs out and the run asks for that.
+
+    Raises:
+        RunFailed: training ran out of memory.
+    """
+    from ldm.training.fit import seed_everything
+    from ldm.training.memory import OutOfMemory, release
+
+    while True:
+        seed_everything(folder.config.seed)
+        model = build(folder.config.model)
+        checkpoint = _checkpoint(folder, model)
+        if folder.config.get("start_from") and not checkpoint:
+            _start_from(folder, model)
+        data = build(folder.config.data)
+        _say_data(data)
+        try:
+            _fit(folder, model, data, checkpoint)
+            return model, data
+        except OutOfMemory as error:
+            line, hint = str(error), remedies(folder.config)
+            halved = halve(folder.config)
+            if halved is None:
+                raise RunFailed(line + hint, OUT_OF_MEMORY, alone=True) from error
+        say(f"{line}; going on with {halved}", style="yellow")
+        del model, data
+        release()
+
+
+def _start_from(folder: RunFolder, model: Any) -> None:
+    """Lets the model begin with what an earlier run learned."""
+    from ldm.training.start_from import start_from
+
+    place = Path(str(folder.config.start_from)).expanduser()
+    with user_mistakes():
+        grown = start_from(model, place)
+    more = f"; new input channels of {', '.join(grown)} start at zero" if grown else ""
+    say(f"starting from {shown(place)}{more}", style="dim")
+
+
+def _checkpoint(folder: RunFolder, model: Any) -> Any:
+    """The checkpoint to go on from, if there is one: of this very model, which shows before data are opened."""
+    from ldm.training.compatibility import refuse_other_model
+
+    with user_mistakes():
+        checkpoint = folder.checkpoint_to_resume()
+        if checkpoint:
+            refuse_other_model(model, checkpoint)
+    return checkpoint
+
+
+def _fit(folder: RunFolder, model: Any, data: Any, checkpoint: Any) -> None:
     from ldm.training.fit import Diverged, Preempted, SetupError, StorageError, fit
+    from ldm.training.honesty import RanksDisagree
+    from ldm.training.ranks import OtherRankFailed
 
     config = folder.config
     callbacks, loggers = build_all(config.callback), build_all(config.logger)
-    with user_mistakes():
-        checkpoint = folder.checkpoint_to_resume()
     if checkpoint:
         say(f"going on from {shown(checkpoint)}")
     try:
@@ -140,8 +212,12 @@ def _fit(folder: RunFolder, model: Any, data: Any) -> None:
         if line is None:
             raise cause from None
         raise UserError(line) from error
+    except OtherRankFailed:
+        raise SystemExit(1) from None
     except Diverged as error:
         raise RunFailed(str(error), DIVERGED) from error
+    except RanksDisagree as error:
+        raise RunFailed(str(error), CHECK_FAILED) from error
     except StorageError as error:
         raise RunFailed(str(error), STORAGE) from error
     except Preempted as stop:

@@ -15,6 +15,9 @@ FUNCTIONS = (
     "ldm.training.finetune.pretrained",
     "ldm.training.optim.constant",
     "ldm.training.optim.cosine",
+    "ldm.training.optim.cosine_steps",
+    "ldm.training.optim.inverse_sqrt",
+    "ldm.training.optim.linear_steps",
 )
 
 

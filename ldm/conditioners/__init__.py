@@ -5,8 +5,15 @@ from ldm.conditioners.bert import BERTText
 from ldm.conditioners.class_label import ClassIds, ClassLabel
 from ldm.conditioners.clip import CLIPText
 from ldm.conditioners.combined import Combined
+from ldm.conditioners.depth_map import DepthMap
+from ldm.conditioners.layout import Layout
+from ldm.conditioners.low_resolution import LowResolution
+from ldm.conditioners.masked_image import MaskedImage
 from ldm.conditioners.open_clip import OpenCLIPText
+from ldm.conditioners.precomputed import PrecomputedText
+from ldm.conditioners.semantic_map import SemanticMap
 from ldm.conditioners.size_crop import SizeCrop
+from ldm.conditioners.stacked import Stacked
 from ldm.conditioners.t5 import T5Text
 from ldm.conditioners.text_encoder import TextEncoder
 from ldm.conditioners.tokenizers import (
@@ -27,9 +34,16 @@ __all__ = [
     "ClassLabel",
     "Combined",
     "Conditioner",
+    "DepthMap",
+    "Layout",
+    "LowResolution",
+    "MaskedImage",
     "OpenCLIPText",
+    "PrecomputedText",
     "PretrainedTokenizer",
+    "SemanticMap",
     "SizeCrop",
+    "Stacked",
     "T5Text",
     "TextEncoder",
     "TextTransformer",

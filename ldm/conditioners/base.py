@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.diffusion import Conditioning
 
@@ -16,9 +16,11 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         columns: what a batch must hold besides captions, numbers (B,) each.
+        always_told: the parts of its Conditioning that condition dropout and `null` leave out.
     """
 
     columns: tuple[str, ...] = ()
+    always_told: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, batch: dict[str, Any]) -> Conditioning:
@@ -39,6 +41,10 @@ class Conditioner(nn.Module, ABC):
         """
         cond = self({"caption": list(prompts)})
         return cond, self({"caption": list(negatives)}) if any(negatives) else self.null(len(prompts))
+
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] whose latents `forward` reads: batch["NAME_latents"] for each NAME."""
+        return {}
 
     def num_chunks(self, text: str) -> int:
         """How many times as long as that of a short one a prompt's context is; other prompts may lengthen it."""

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioners.base import Conditioner
-from ldm.conditioners.tokenizers import Tokenizer
+from ldm.conditioners.tokenizers import Tokenizer, read_tokens
 from ldm.diffusion import Conditioning
 from ldm.nn.arguments import keeps_arguments
 
@@ -63,7 +63,7 @@ class BERTText(Conditioner):
                 "got a caption for an encoder without its vocabulary, expected vocab.txt of bert-base-uncased; "
                 "set conditioner.tokenizer to a WordPieceTokenizer of that file"
             )
-        return self.encode_ids(self.tokenizer(batch["caption"])[0].to(self.transformer.norm.weight.device))
+        return self.encode_ids(read_tokens(self.tokenizer, batch)[0].to(self.transformer.norm.weight.device))
 
     def encode_ids(self, ids: Tensor) -> Conditioning:
         """Token ids (B, L) to Conditioning(context (B, L, width))."""

@@ -27,10 +27,15 @@ class Combined(Conditioner):
             raise ValueError("got no conditioners, expected at least one; Unconditional says nothing on purpose")
         self.conditioners = nn.ModuleList(conditioners)
         self.columns = tuple(dict.fromkeys(column for part in conditioners for column in part.columns))
+        self.always_told = tuple(dict.fromkeys(name for part in conditioners for name in part.always_told))
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:
         """Every part's condition of the batch, joined."""
         return self._of_each(lambda part: part(batch))
+
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Every part's pictures."""
+        return {name: picture for part in self._parts() for name, picture in part.pictures(batch).items()}
 
     def null(self, n: int) -> Conditioning:
         """Every part's null condition, joined."""
@@ -41,7 +46,11 @@ class Combined(Conditioner):
     ) -> tuple[Conditioning, Conditioning]:
         """Every part's pair, joined."""
         pairs = [part.prompt_pair(prompts, negatives, image_size=image_size) for part in self._parts()]
-        return join([cond for cond, _ in pairs]), join([uncond for _, uncond in pairs])
+        return self.joined([cond for cond, _ in pairs]), self.joined([uncond for _, uncond in pairs])
+
+    def joined(self, conditions: Sequence[Conditioning]) -> Conditioning:
+        """What the parts say of the same B samples, as one: see `join`."""
+        return join(conditions)
 
     def num_chunks(self, text: str) -> int:
         """That of the part that reads the prompt in most chunks."""
@@ -51,7 +60,7 @@ class Combined(Conditioner):
         return list(self.conditioners)  # type: ignore[arg-type]
 
     def _of_each(self, function: Callable[[Conditioner], Conditioning]) -> Conditioning:
-        return join([function(part) for part in self._parts()])
+        return self.joined([function(part) for part in self._parts()])
 
 
 def join(conditions: Sequence[Conditioning]) -> Conditioning:

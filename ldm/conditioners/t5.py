@@ -11,7 +11,7 @@ import torch
 from ldm.conditioners.base import Conditioner
 from ldm.conditioners.pretrained import from_transformers
 from ldm.conditioners.text_encoder import Null
-from ldm.conditioners.tokenizers import PretrainedTokenizer, Tokenizer
+from ldm.conditioners.tokenizers import PretrainedTokenizer, Tokenizer, read_tokens
 from ldm.diffusion import Conditioning
 from ldm.nn.arguments import keeps_arguments
 
@@ -90,7 +90,7 @@ class T5Text(Conditioner):
     def forward(self, batch: dict[str, Any]) -> Conditioning:
         """Encodes batch["caption"], B strings."""
         device = self.transformer.shared.weight.device
-        ids, mask = (tensor.to(device) for tensor in self.tokenizer(batch["caption"]))
+        ids, mask = (tensor.to(device) for tensor in read_tokens(self.tokenizer, batch))
         context = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
         return Conditioning(context=context, mask=mask)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.conditioners.base import Conditioner
 from ldm.conditioners.prompts import Chunk, chunk_prompt, weigh
-from ldm.conditioners.tokenizers import CLIPTokenizer
+from ldm.conditioners.tokenizers import CLIPTokenizer, read_tokens
 from ldm.diffusion import Conditioning
 
 Null = Literal["empty", "zeros"]
@@ -64,7 +64,7 @@ class TextEncoder(Conditioner):
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:
         """Encodes batch["caption"], B strings, as they are."""
-        ids, _ = self.tokenizer(batch["caption"])
+        ids, _ = read_tokens(self.tokenizer, batch)
         return self.encode_ids(ids.to(self.token_embedding.weight.device))
 
     def null(self, n: int) -> Conditioning:

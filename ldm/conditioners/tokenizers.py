@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -31,6 +31,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask), each (B, length)."""
+
+
+def read_tokens(tokenizer: Tokenizer, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each (B, L), of a batch's captions: those that `ldm data encode text=ids` stored, else made here."""
+    if "text_ids" in batch:
+        return batch["text_ids"].long(), batch["text_mask"]
+    return tokenizer(batch["caption"])
 
 
 class WordTokenizer(Tokenizer):

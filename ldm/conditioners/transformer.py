@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from ldm.conditioners.base import Conditioner
-from ldm.conditioners.tokenizers import Tokenizer
+from ldm.conditioners.tokenizers import Tokenizer, read_tokens
 from ldm.diffusion import Conditioning
 
 
@@ -54,7 +54,7 @@ class TextTransformer(Conditioner):
 
     def forward(self, batch: dict[str, Any]) -> Conditioning:
         """Encodes batch["caption"], B strings."""
-        ids, mask = self.tokenizer(batch["caption"])
+        ids, mask = read_tokens(self.tokenizer, batch)
         ids, mask = ids.to(self.position_embedding.device), mask.to(self.position_embedding.device)
         tokens = self.token_embedding(ids) + self.position_embedding
         context = self.layers(tokens, src_key_padding_mask=~mask)

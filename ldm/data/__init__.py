@@ -7,13 +7,19 @@ if TYPE_CHECKING:
     from ldm.data.datamodule import ShardDataModule
     from ldm.data.dataset import ShardDataset, collate
     from ldm.data.digits import write_digits
+    from ldm.data.ledger import BadDataError
     from ldm.data.position import RankBatches, ShardOrder
+    from ldm.data.remote import ShardCache
     from ldm.data.shards import CorruptSampleError, ShardIndex, index_shard, resolve_shards
+    from ldm.data.stream import StreamSettings
     from ldm.data.writer import LatentRecord, Record, read_manifest, write_latent_shards, write_shards
 
 # Loaded on first use: writing digits needs neither torch nor Lightning, whose imports take seconds.
 _HOMES = {
+    "BadDataError": "ledger",
+    "ShardCache": "remote",
     "ShardDataModule": "datamodule",
+    "StreamSettings": "stream",
     "ShardDataset": "dataset",
     "collate": "dataset",
     "write_digits": "digits",
@@ -31,14 +37,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "BadDataError",
     "CorruptSampleError",
     "LatentRecord",
     "RankBatches",
     "Record",
+    "ShardCache",
     "ShardDataModule",
     "ShardDataset",
     "ShardIndex",
     "ShardOrder",
+    "StreamSettings",
     "collate",
     "index_shard",
     "read_manifest",

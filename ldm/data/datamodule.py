@@ -1,17 +1,33 @@
 """Shards for the Lightning trainer: an endless, exactly resumable training stream and an exact validation pass."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
 
 import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader
 
-from ldm.data.dataset import Item, ShardDataset, collate
-from ldm.data.position import RankBatches, ShardOrder, ShareBatches, batch_size_per_rank
+from ldm.data.augmentation import Augmentation
+from ldm.data.batches import assemble, to_numbers
+from ldm.data.buckets import Buckets
+from ldm.data.changes import record, refuse
+from ldm.data.content import Derived
+from ldm.data.dataset import Item, ShardDataset
+from ldm.data.decoding import TEXT_DECODERS
+from ldm.data.ledger import Ledger
+from ldm.data.orders import check_weights
+from ldm.data.position import ShareBatches, batch_size_per_rank
+from ldm.data.remote import ShardCache, names_urls
 from ldm.data.shards import resolve_shards
-from ldm.data.worker_signals import outlive_stop
+from ldm.data.stream import ShardStream, StreamSettings, find_sources
+from ldm.data.stream_sources import is_pipe
+from ldm.data.substitutes import GoodSamples, Read
+from ldm.data.thread_loader import ThreadLoader
+from ldm.data.training_stream import Loader, Passes, TrainingStream, attached_trainer, make_loader
 
 Shards = str | os.PathLike[str] | Sequence[str]
 
@@ -27,7 +43,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Shards,
+        train: Shards | Mapping[str, Shards],
         validation: Shards | None = None,
         *,
         batch_size: int,
@@ -39,16 +55,74 @@ class ShardDataModule(pl.LightningDataModule):
         cache: bool = False,
         block_size: int = 16,
         filter: str | os.PathLike[str] | None = None,
+        max_bad_fraction: float = 0.01,
+        missing_caption: str = "empty",
+        bad_text: str = "skip",
+        bad_shards: str = "refuse",
+        run_folder: str | os.PathLike[str] | None = None,
+        remote: ShardCache | None = None,
+        mode: str = "indexed",
+        stream: StreamSettings | None = None,
+        weights: Mapping[str, float] | None = None,
+        augmentation: Augmentation | None = None,
+        derive: Derived | None = None,
+        buckets: Buckets | None = None,
+        captions: Mapping[str, float] | None = None,
+        exact_decoding: bool = True,
+        workers: str = "threads",
+        allow_change: bool = False,
     ) -> None:
-        """`filter` is a folder that `ldm data filter` wrote: training reads the samples that it kept alone.
+        """Args of what a sample becomes:
 
-        Raises FileNotFoundError where there are no shards and ValueError for a batch that is not positive.
+            weights: of several sets, which `train` then holds by name: each passes through epochs of its own.
+            augmentation: what is done to training pictures, besides `flip`.
+            derive: what is made of a picture besides itself: a mask, a smaller picture, boxes.
+            buckets: the sizes of training batches, each of one size; validation is at `resolution`.
+            captions: weights by column of the json, or `txt` for the .txt: one is drawn for every sample and epoch.
+            exact_decoding: decode every pixel; else JPEGs of twice the size needed, or more, are decoded at a half.
+            workers: "threads" of the process that trains, or "processes".
+
+        Args of reading what others wrote:
+
+            filter: a folder that `ldm data filter` wrote: training reads the samples that it kept alone.
+            max_bad_fraction: of the samples read so far; with more bad ones training stops and names the worst shards.
+            missing_caption: "empty", or "skip" to leave such samples out.
+            bad_text: "skip" samples whose text or json cannot be read, or "replace" what is not UTF-8 and do without
+                a json that is none.
+            bad_shards: "refuse" to start with shards that are no whole tar, or "skip" them.
+            run_folder: where bad_samples.jsonl goes.
+            allow_change: on resuming, go on with shards that are not the checkpoint's, and warn of what changed.
+            remote: keeps copies of shards that are named by URL.
+            mode: "indexed", or "stream" for pipes and sets without an index, which resumes statistically alone.
+            stream: how a stream is read.
+
+        Raises FileNotFoundError where there are no shards and ValueError for a setting that cannot be.
         """
         super().__init__()
         batch_size_per_rank(batch_size, 1)
-        self.paths = {"train": resolve_shards(train)}
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: got {num_workers}, expected 0 or more")
+        _check_choice("missing_caption", missing_caption, ("empty", "skip"))
+        _check_choice("bad_text", bad_text, tuple(TEXT_DECODERS))
+        _check_choice("workers", workers, ("threads", "processes"))
+        _check_choice("mode", mode, ("indexed", "stream"))
+        self.stream = stream if mode == "stream" else None
+        if mode == "stream":
+            _check_stream(stream, train, cache=cache, filter=filter, weights=weights, buckets=buckets)
+        named = [*_sets_of(train), *([validation] if validation is not None else [])]
+        self.remote = remote if any(map(names_urls, named)) else None
+        locate = self.remote.locate if self.remote else resolve_shards
+        check_weights(train, weights)
+        self.sets = {name: locate(part) for name, part in train.items()} if isinstance(train, Mapping) else None
+        if self.sets:
+            self.paths = {"train": [path for part in self.sets.values() for path in part]}
+        elif self.stream is not None:
+            self.sources = find_sources(cast(Shards, train), settings=self.stream, locate=locate)
+            self.paths = {"train": [Path(source) for source in self.sources if not is_pipe(source)]}
+        else:
+            self.paths = {"train": locate(cast(Shards, train))}
         if validation is not None:
-            self.paths["validation"] = resolve_shards(validation)
+            self.paths["validation"] = locate(validation)
         else:  # Lightning looks for the hook on the instance; an empty loader would run empty validations
             self.val_dataloader = None  # type: ignore[assignment, method-assign]
         self.batch_size = batch_size
@@ -60,28 +134,77 @@ class ShardDataModule(pl.LightningDataModule):
         self.cache = cache
         self.block_size = block_size
         self.filter = filter
+        self.weights = {name: weights[name] for name in self.sets} if weights and self.sets else None
+        self.augmentation = augmentation or Augmentation()
+        self.derive, self.buckets, self.captions = derive, buckets, captions
+        self.exact_decoding = exact_decoding
+        self.workers = workers
+        self.allow_change = allow_change
+        self.missing_caption = missing_caption
+        self.bad_text = bad_text
+        self.bad_shards = bad_shards
+        self.ledger = Ledger(run_folder, max_bad_fraction=max_bad_fraction)
         self._datasets: dict[str, ShardDataset] = {}
         self._stream: TrainingStream | None = None
         # Where the stream stood when the trainer had done so many batches; None: as many as it has been restored to.
         self._origin_position = 0
         self._origin_batches: int | None = 0
         self._expected_fingerprint: str | None = None
+        self._expected_record: dict[str, Any] | None = None
 
     def dataset(self, split: str) -> ShardDataset:
         """Return the data set of "train" or "validation", indexing its shards on first use."""
         if split not in self.paths:
             raise ValueError(f"split: got {split!r}, expected one of {sorted(self.paths)}; set data.{split}")
         if split not in self._datasets:
+            is_training, sets = split == "train", self.sets if split == "train" else None
+            paths = [os.fspath(path) for path in self.paths[split]]
+            if is_training and self.stream is not None:
+                self._datasets[split] = self._open_stream()  # type: ignore[assignment]  # alike as far as is asked for
+                return self._datasets[split]
             self._datasets[split] = ShardDataset(
-                [os.fspath(path) for path in self.paths[split]],
+                {name: [os.fspath(path) for path in part] for name, part in sets.items()} if sets else paths,
                 resolution=self.resolution,
                 columns=self.columns,
-                flip=self.flip and split == "train",
+                flip=self.flip and is_training,
                 cache=self.cache,
                 seed=self.seed,
                 kept=self.filter if split == "train" else None,
+                bad_text=self.bad_text,
+                bad_shards=self.bad_shards,
+                remote=self.remote,
+                augmentation=self.augmentation,
+                derive=self.derive,
+                buckets=self.buckets if is_training else None,
+                captions=self.captions,
+                exact_decoding=self.exact_decoding,
             )
+            self._note_index_faults(split)
         return self._datasets[split]
+
+    def _open_stream(self) -> ShardStream:
+        assert self.stream is not None
+        return ShardStream(
+            self.sources,
+            settings=self.stream,
+            cache=self.remote,
+            seed=self.seed,
+            missing_caption=self.missing_caption,
+            assemble=assemble,
+            resolution=self.resolution,
+            columns=self.columns,
+            flip=self.flip,
+            bad_text=self.bad_text,
+            augmentation=self.augmentation,
+            derive=self.derive,
+            captions=self.captions,
+            exact_decoding=self.exact_decoding,
+        )
+
+    def places(self, split: str) -> list[str]:
+        """Return the folders, or the URLs of folders, in which the shards of a split lie."""
+        names = [self._name(os.fspath(path.absolute())) for path in self.paths[split]]
+        return list(dict.fromkeys(name.rpartition("/")[0] for name in names)) or ["pipe://"]
 
     @property
     def rank(self) -> int:
@@ -96,6 +219,9 @@ class ShardDataModule(pl.LightningDataModule):
         batch_size_per_rank(self.batch_size, self.world_size)
         for split in self.paths:
             self.dataset(split)
+        if stage == "fit" and self.batch_size > len(self.dataset("train")):
+            told = f"data.batch_size: got {self.batch_size} for {len(self.dataset('train'))} training samples"
+            warnings.warn(f"{told}, so that a batch holds samples more than once", stacklevel=2)
 
     def teardown(self, stage: str) -> None:
         if self._stream is not None:
@@ -110,23 +236,30 @@ class ShardDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and which data and seed it is a position in."""
-        return {"position": self.position, "fingerprint": self._fingerprint()}
+        return {"position": self.position, "fingerprint": self._fingerprint(), "record": self._record}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the position up again; the batch size, workers and processes may have changed since."""
         self._origin_position = state_dict["position"]
         self._origin_batches = None
         self._expected_fingerprint = state_dict["fingerprint"]
+        self._expected_record = state_dict.get("record")
 
     def train_dataloader(self) -> "TrainingStream":
         """Return the training stream; raises ValueError when resuming on other shards or another seed."""
-        if self._expected_fingerprint not in (None, self._fingerprint()):
+        if self._expected_record is not None:
+            refuse(self._expected_record, self._record, allowed=self.allow_change)
+        elif self._expected_fingerprint not in (None, self._fingerprint()) and not self.allow_change:
             raise ValueError(
                 f"resume: got other training shards, data.filter, data.seed or data.block_size ({self._fingerprint()}) "
                 f"than the checkpoint's ({self._expected_fingerprint}), expected the same; start a new run instead"
             )
         if self._origin_batches is None:
             self._origin_batches = self._batches_done()
+            if self.buckets is not None:  # a batch of another size than before begins where batches of this size do
+                self._origin_position = -(-self._origin_position // self.batch_size) * self.batch_size
+        if self._stream is not None:
+            self._stream.close()
         self._stream = TrainingStream(self)
         return self._stream
 
@@ -136,15 +269,79 @@ class ShardDataModule(pl.LightningDataModule):
 
     def iterate_once(self, split: str, batch_size: int) -> Iterator[Item]:
         """Return batches of `batch_size` from this rank's share of a split: once, in order, never augmented."""
-        return iter(self._passes(split, batch_size))
+        if split == "train" and self.stream is not None:
+            return map(self._to_numbers, self._stream_once(batch_size))
+        return map(self._to_numbers, self._passes(split, batch_size))
+
+    def _stream_once(self, batch_size: int) -> Iterator[Item]:
+        """Yield as many batches of the stream as an epoch has."""
+        world = batch_size * self.world_size
+        stream = self._open_stream().batches(
+            0, batch_size=world, rank=self.rank, world_size=self.world_size, num_workers=self.num_workers
+        )
+        for read in islice(stream, max(1, len(self.dataset("train")) // world)):
+            yield self.note(read, split="train")
+
+    def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> Item:
+        """Turn bytes into numbers, which is done on the device: a quarter as much has to get there."""
+        return self._to_numbers(batch)
+
+    def _to_numbers(self, batch: Item) -> Item:
+        return to_numbers(batch, colour_space=self.augmentation.colour_space)
 
     def _passes(self, split: str, batch_size: int) -> "Passes":
         dataset = self.dataset(split).unaugmented()
         batches = ShareBatches(len(dataset), batch_size=batch_size, rank=self.rank, world_size=self.world_size)
-        return Passes(make_loader(dataset, batches, num_workers=self.num_workers))
+        return Passes(self, split, self._loader(dataset, batches, substitutes=False))
+
+    def _loader(
+        self, dataset: ShardDataset, batches: Iterable[list[tuple[int, int, int]]], *, substitutes: bool
+    ) -> Loader:
+        good = GoodSamples(dataset, substitutes=substitutes, missing_caption=self.missing_caption, assemble=assemble)
+        if self.num_workers and self.workers == "threads":
+            return ThreadLoader(good, batches, num_threads=self.num_workers)
+        return make_loader(good, batches, num_workers=self.num_workers)
+
+    def note(self, read: Read, *, split: str) -> Item:
+        """Enter the faults of what a loader read into the ledger and return its batch; raises what it failed with."""
+        for position, fault in read.faults:
+            self.ledger.add([fault], split=split, position=position)
+        if read.failure is not None:
+            raise read.failure
+        assert read.batch is not None
+        return read.batch
+
+    def _note_index_faults(self, split: str) -> None:
+        """Enter what indexing found into the ledger; raises BadDataError where too many shards are left out."""
+        dataset = self._datasets[split]
+        named = (replace(fault, shard=self._name(fault.shard)) for fault in dataset.index_faults)
+        self.ledger.add(named, split=split)
+        left_out = len(self.paths[split]) - len(dataset.shards)
+        if split == "train" and left_out > self.ledger.max_bad_fraction * len(self.paths[split]):
+            raise self.ledger.error(num_read=left_out, num_samples=len(self.paths[split]), unit="shards")
+
+    def _name(self, shard: str) -> str:
+        return self.remote.url(Path(shard)) if self.remote else shard
 
     def _fingerprint(self) -> str:
-        return f"{self.dataset('train').fingerprint}-{self.seed}-{self.block_size}"
+        parts: list[object] = [self.dataset("train").fingerprint, self.seed, self.block_size]
+        if self.weights is not None:
+            parts.append(list(self.weights.items()))
+        if self.buckets is not None:  # whose batches depend on their size
+            parts.append((self.buckets.sizes, self.batch_size))
+        return "-".join(map(str, parts))
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """What names a change of the data later."""
+        settings = {f"data.{name}": getattr(self, name) for name in ("seed", "block_size", "weights")}
+        if self.sets is not None:
+            settings["shards of data.train's sets"] = self.dataset("train").group_sizes
+        if self.buckets is not None:
+            settings["data.buckets"] = (self.buckets.sizes, self.batch_size)
+        if self.filter is not None:
+            settings["data.filter's choice"] = self.dataset("train").fingerprint
+        return record(self.dataset("train"), settings)
 
     def _batches_done(self) -> int:
         """Count the batches whose optimizer steps have been taken."""
@@ -155,91 +352,20 @@ class ShardDataModule(pl.LightningDataModule):
         return int(trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"])
 
 
-class TrainingStream:
-    """The trainer's training data: this rank's batches, from the data module's position on, without end.
-
-    Iterating goes on where the trainer stands, so a new Lightning epoch keeps the running workers and their
-    prefetched batches. Its length is a Lightning epoch's: with a length, Lightning reads no batch ahead, and as a
-    multiple of the accumulated batches it never makes Lightning step on a part of them. Not being a DataLoader, it
-    keeps Lightning from replacing the sampler in distributed runs.
-    """
-
-    def __init__(self, module: ShardDataModule) -> None:
-        self._module = module
-        self._dataset = module.dataset("train")
-        self._order = ShardOrder(self._dataset.shard_sizes, seed=module.seed, block_size=module.block_size)
-        self._batches: Iterator[Item] | None = None
-        self._next_position = 0
-
-    def __len__(self) -> int:
-        accumulated = attached_trainer(self._module).accumulate_grad_batches
-        return max(1, len(self._dataset) // (self._module.batch_size * accumulated)) * accumulated
-
-    def __iter__(self) -> "TrainingStream":
-        # Overfitting means the same first batches again in every epoch.
-        position = 0 if attached_trainer(self._module).overfit_batches else self._module.position  # type: ignore[attr-defined]
-        if self._batches is None or position != self._next_position:
-            self._open(position)
-        return self
-
-    def __next__(self) -> Item:
-        assert self._batches is not None
-        batch = next(self._batches)
-        self._next_position += self._module.batch_size
-        return batch
-
-    def close(self) -> None:
-        """Stop the workers."""
-        self._batches = None
-
-    # Lightning warns on resuming in mid-epoch unless a loader keeps its own state; the data module keeps this one's.
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        return None
-
-    def _open(self, position: int) -> None:
-        module = self._module
-        batches = RankBatches(
-            self._order,
-            batch_size=module.batch_size,
-            position=position,
-            rank=module.rank,
-            world_size=module.world_size,
-        )
-        self._batches = iter(make_loader(self._dataset, batches, num_workers=module.num_workers))
-        self._next_position = position
+def _sets_of(train: Shards | Mapping[str, Shards]) -> list[Shards]:
+    return list(train.values()) if isinstance(train, Mapping) else [train]
 
 
-class Passes:
-    """A finite loader, hidden from Lightning, which would give a bare DataLoader a sampler that repeats samples."""
-
-    def __init__(self, loader: DataLoader[Item]) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self._loader)
+def _check_stream(stream: StreamSettings | None, train: Shards | Mapping[str, Shards], **unsupported: object) -> None:
+    """Raise ValueError for a stream without settings, and for settings that need an index."""
+    if stream is None:
+        raise ValueError("data.stream: got null, expected its settings, as data=stream has them")
+    wrong = [name for name, value in unsupported.items() if value]
+    if wrong or isinstance(train, Mapping):
+        name = (wrong or ["train"])[0]
+        raise ValueError(f"data.{name}: got a setting that needs an index, expected data.mode=indexed with it")
 
 
-def attached_trainer(module: pl.LightningDataModule) -> pl.Trainer:
-    assert module.trainer is not None, "only a trainer asks for these"
-    return module.trainer
-
-
-def make_loader(
-    dataset: ShardDataset, batches: Iterable[list[tuple[int, int, int]]], *, num_workers: int
-) -> DataLoader[Item]:
-    """Return a loader of these batches that leaves the global random state alone."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),
-        worker_init_fn=outlive_stop,
-    )
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"data.{name}: got {value!r}, expected {' or '.join(choices)}")

@@ -2,20 +2,34 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.index_file import open_index
+from ldm.data.augmentation import Augmentation
+from ldm.data.batches import PICTURES, assemble
+from ldm.data.buckets import Buckets
+from ldm.data.captions import TEXT as CAPTION_FILE
+from ldm.data.captions import CaptionChoice
+from ldm.data.content import SIZE_COLUMNS, Derived, Pictures, size_values
+from ldm.data.decoding import TEXT_DECODERS
+from ldm.data.embeddings import FLIPPED, HASH, TEXT, batch_arrays
+from ldm.data.faults import Fault
 from ldm.data.kept import KeptSamples
-from ldm.data.shards import IMAGE_SUFFIXES, CorruptSampleError, ShardReader, decode, resolve_shards
-from ldm.data.transforms import is_flipped, resize_and_crop, to_pixels
+from ldm.data.readable import drop_without_payload, open_readable
+from ldm.data.readers import ThreadReaders
+from ldm.data.remote import ShardCache
+from ldm.data.shards import IMAGE_SUFFIXES, CorruptSampleError, ShardIndex, ShardReader, decode
+from ldm.data.sizes import picture_sizes
+from ldm.data.transforms import is_flipped, to_pixels
 from ldm.data.writer import IN_PROGRESS, read_manifest
 
 Item = dict[str, Any]
@@ -25,15 +39,17 @@ class ShardDataset(Dataset[Item]):
     """Images or moments with captions, read at random out of tar shards.
 
     An item is asked for by (position, index, epoch) and holds "image" float32 (3, H, W) in [-1, 1] or "moments"
-    float32 (M, h, w), "caption", "index", "position" and the numeric json `columns`. The caption is the sample's
-    .txt, else its json caption, else empty. Mirroring depends on (seed, epoch, index) alone.
+    float32 (M, h, w), "caption", "index", "position" and the numeric `columns` of the json, or of the .cls member; of
+    pictures, those of SIZE_COLUMNS say how they were cut. The caption is the sample's .txt, else its json caption, else
+    empty; with `captions`, weights by column of the json or `txt`, one of several. Whatever is drawn depends on (seed,
+    epoch, index) alone. `shards` by name are several sets, each numbered behind the one before.
     `cache` keeps decoded samples, before augmentation, in the memory of each process that reads. `kept` is a folder
     that `ldm data filter` wrote: the data set is then of the samples that it kept, and numbers those alone.
     """
 
     def __init__(
         self,
-        shards: str | os.PathLike[str] | Sequence[str],
+        shards: str | os.PathLike[str] | Sequence[str] | Mapping[str, str | Sequence[str]],
         *,
         resolution: int | None = None,
         columns: Sequence[str] = (),
@@ -41,31 +57,46 @@ class ShardDataset(Dataset[Item]):
         cache: bool = False,
         seed: int = 0,
         kept: str | os.PathLike[str] | None = None,
+        bad_text: str = "skip",
+        bad_shards: str = "refuse",
+        remote: ShardCache | None = None,
+        augmentation: Augmentation | None = None,
+        derive: Derived | None = None,
+        buckets: Buckets | None = None,
+        captions: Mapping[str, float] | None = None,
+        exact_decoding: bool = True,
     ) -> None:
         """Raises ValueError or FileNotFoundError for shards that are missing, damaged, mixed, or lack a column."""
-        self.shards = [open_index(path) for path in resolve_shards(shards)]
-        self._check_manifests()
+        self.bad_text = bad_text
+        self.remote = remote
         self.is_filtered = kept is not None
-        if kept is not None:
-            chosen = KeptSamples(kept)
-            self.shards = [chosen.select(shard) for shard in self.shards]
+        self.shards: list[ShardIndex] = []
+        self.index_faults: list[Fault] = []
+        self.group_sizes: list[int] = []
+        for group in shards.values() if isinstance(shards, Mapping) else [shards]:
+            self._open(group, kept=kept, bad_shards=bad_shards)
         self.columns = tuple(columns)
         self.resolution = resolution
-        self.flip = flip
         self.seed = seed
+        self.pictures = Pictures(augmentation or Augmentation(), flip, derive, exact_decoding, seed)
+        self.captions = CaptionChoice(captions, seed=seed) if captions else None
         self.shard_sizes = [len(shard) for shard in self.shards]
         self.first_samples = np.cumsum([0, *self.shard_sizes])
-        self._reader = ShardReader()
+        self._readers = ThreadReaders(self.remote)
         self._cache: dict[int, Item] | None = {} if cache else None
         self.payload = self._find_payload()
         self._check_options()
         self._check_columns()
+        self._check_captions()
         self.encoder_sha256 = self._find_encoder() if self.payload == "moments" else None
+        self.text_sha256 = self._find_encoder(HASH) if self.payload == "moments" else None
+        self.buckets = buckets
+        self.bucket_of = None if buckets is None else buckets.assign(picture_sizes(self.shards, self._reader))
 
     def __len__(self) -> int:
         return int(self.first_samples[-1])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Say in 16 hex digits which samples these are, in which order: names, sizes and keys of all shards.
 
@@ -78,16 +109,42 @@ class ShardDataset(Dataset[Item]):
         return digest.hexdigest()[:16]
 
     def unaugmented(self) -> "ShardDataset":
-        """Return the same data set without mirroring; both share their cache."""
+        """Return the same data set with pictures of one size and nothing random; the two share a cache if they can."""
         plain = copy(self)
-        plain.flip = False
-        plain._reader = ShardReader()
+        plain.pictures = self.pictures.unaugmented()
+        plain.buckets = plain.bucket_of = None
+        if not self.pictures.is_plain or self.buckets is not None:
+            plain._cache = None if self._cache is None else {}
         return plain
+
+    def target(self, index: int) -> tuple[int, int]:
+        """Return the (width, height) that a sample's picture is scaled and cut to."""
+        if self.buckets is not None and self.bucket_of is not None:
+            return self.buckets.sizes[self.bucket_of[index]]
+        assert self.resolution is not None  # the constructor saw to it
+        return self.resolution, self.resolution
 
     def key(self, index: int) -> str:
         """Return the shard and key of a sample, for messages."""
         shard, sample = self._locate(index)
         return f"{self.shards[shard].path}: {self.shards[shard].keys[sample]}"
+
+    def located(self, index: int) -> tuple[str, str]:
+        """Return the shard, by its URL where it has one, and the key of a sample."""
+        shard, sample = self._locate(index)
+        path = self.shards[shard].path
+        return self.remote.url(path) if self.remote else str(path), self.shards[shard].keys[sample]
+
+    def substitutes(self, index: int) -> Iterator[int]:
+        """Yield the samples that may stand in for one that cannot be read: those that follow in its set, from its start
+        on after the end.
+        """
+        ends = self.first_samples[np.cumsum(self.group_sizes)]
+        group = int(np.searchsorted(ends, index, side="right"))
+        first, end = int(ends[group - 1]) if group else 0, int(ends[group])
+        for other in chain(range(index + 1, end), range(first, index)):
+            if self.bucket_of is None or self.bucket_of[other] == self.bucket_of[index]:
+                yield other
 
     def annotation(self, index: int) -> tuple[str, Item]:
         """Return a sample's caption and its json, without decoding its picture."""
@@ -97,17 +154,37 @@ class ShardDataset(Dataset[Item]):
         return str(decoded.get("txt", row.get("caption") or "")), row
 
     def __getitem__(self, place: tuple[int, int, int]) -> Item:
+        item = self.read(place)
+        for name, value in item.items():
+            if name in PICTURES:
+                item[name] = to_pixels(value)
+            elif isinstance(value, np.ndarray):
+                item[name] = torch.from_numpy(value.astype(np.float32 if name == "mask" else value.dtype))
+        return item
+
+    def read(self, place: tuple[int, int, int]) -> Item:
+        """Return a sample as `assemble` puts it into a batch: pictures uint8 (H, W, 3), other arrays of numpy."""
         position, index, epoch = place
         decoded = self._decoded(index)
-        item = {**decoded, "index": index, "position": position}
+        item = {**decoded["item"], "index": index, "position": position}
+        if self.captions is not None:
+            item["caption"] = self.captions.choose(item["caption"], index=index, epoch=epoch)
         if self.payload == "image":
-            image = decoded["image"]
-            if self.flip and is_flipped(seed=self.seed, epoch=epoch, index=index):
-                image = image[:, ::-1]
-            item["image"] = to_pixels(image)
-        else:
-            item["moments"] = torch.from_numpy(decoded["moments"])
+            return item | self._picture(decoded, index, epoch)
+        if self.pictures.flip and is_flipped(seed=self.seed, epoch=epoch, index=index):
+            item["moments"] = decoded["flipped"]
         return item
+
+    def _picture(self, decoded: Item, index: int, epoch: int) -> Item:
+        """Return what a sample holds of its picture in an epoch."""
+        try:
+            arrays, geometry = self.pictures.sample(
+                decoded["picture"], self.target(index), index=index, epoch=epoch, row=decoded["row"]
+            )
+        except (ValueError, TypeError) as error:  # of what is derived from the json
+            reason = f"got a json of which nothing can be derived ({error})"
+            raise CorruptSampleError(f"{self.key(index)}: {reason}", kind="broken_json", reason=reason) from error
+        return arrays | size_values(self.columns, decoded["row"], geometry)
 
     def _decoded(self, index: int) -> Item:
         """Return what does not depend on the epoch: uint8 pixels (H, W, 3) or moments, caption and columns."""
@@ -120,19 +197,34 @@ class ShardDataset(Dataset[Item]):
     def _decode(self, index: int) -> Item:
         shard, sample = self._locate(index)
         members = self.shards[shard].members(sample)
-        needs_json = bool(self.columns) or "txt" not in members or self.payload == "moments"
-        suffixes = [suffix for suffix in members if needs_json or suffix != "json"]
-        decoded = decode(self.shards[shard], sample, self._reader, suffixes=suffixes)
-        row = decoded.get("json", {})
-        item: Item = {"caption": str(decoded.get("txt", row.get("caption") or ""))}
+        unwanted = {FLIPPED} if self.payload == "image" or not self.pictures.flip else set()
+        unwanted |= set() if self._needs_json("txt" in members) else {"json"}
+        suffixes = [suffix for suffix in members if suffix not in unwanted]
+        decoders = dict(TEXT_DECODERS[self.bad_text])
         if self.payload == "image":
-            image = next(decoded[suffix] for suffix in IMAGE_SUFFIXES if suffix in decoded)
-            assert self.resolution is not None  # the constructor saw to it
-            item["image"] = resize_and_crop(image, self.resolution)
-        else:
-            item["moments"] = decoded["npy"]
-            self._check_encoder(row, index)
-        return item | {column: self._number(row, column, index) for column in self.columns}
+            load = self.pictures.loader(self.target(index), keep=self._cache is not None)
+            decoders |= dict.fromkeys(IMAGE_SUFFIXES, load)
+        decoded = decode(self.shards[shard], sample, self._reader, suffixes=suffixes, decoders=decoders)
+        row, text = _row(decoded), decoded.get("txt")
+        caption = str(row.get("caption") or "") if text is None else text
+        item: Item = {"caption": self.captions.candidates(text, row) if self.captions is not None else caption}
+        item |= {column: self._number(row, column, index) for column in self.json_columns}
+        if self.payload == "image":
+            picture = next(decoded[suffix] for suffix in IMAGE_SUFFIXES if suffix in decoded)
+            return {"item": item, "row": row, "picture": picture}
+        self._check_encoder(row, index)
+        item |= {"moments": decoded["npy"], **batch_arrays(decoded.get(TEXT, {}))}
+        return {"item": item, "flipped": decoded.get(FLIPPED)}
+
+    @property
+    def json_columns(self) -> tuple[str, ...]:
+        """Those of the columns that samples state, and that are not known from how their pictures are cut."""
+        return tuple(c for c in self.columns if self.payload != "image" or c not in SIZE_COLUMNS)
+
+    def _needs_json(self, has_text: bool) -> bool:
+        """Say whether a sample's json has to be read."""
+        needed = self.columns or self.captions or self.pictures.derive or self.payload == "moments"
+        return bool(needed) or not has_text
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.first_samples, index, side="right")) - 1
@@ -142,21 +234,47 @@ class ShardDataset(Dataset[Item]):
         value = row.get(column)
         if not isinstance(value, int | float):
             raise CorruptSampleError(
-                f"columns: got {column}={value!r} in {self.key(index)}, expected a number; its json has {sorted(row)}"
+                f"columns: got {column}={value!r} in {self.key(index)}, expected a number; its json has {sorted(row)}",
+                kind="missing_column",
+                reason=f"got {column}={value!r}, expected a number",
             )
         return value
 
-    def _check_manifests(self) -> None:
+    @property
+    def _reader(self) -> ShardReader:
+        """This thread's reader."""
+        return self._readers.reader
+
+    def _open(
+        self,
+        shards: str | os.PathLike[str] | Sequence[str],
+        *,
+        kept: str | os.PathLike[str] | None,
+        bad_shards: str,
+    ) -> None:
+        """Index the shards of one set, behind those that there are."""
+        found, faults = open_readable(shards, bad_shards=bad_shards, remote=self.remote)
+        self._check_manifests(found, faults)
+        if kept is not None:
+            chosen = KeptSamples(kept)
+            found = [chosen.select(shard) for shard in found]
+        found, without_payload = drop_without_payload(found)
+        self.shards += found
+        self.index_faults += [*faults, *without_payload]
+        self.group_sizes.append(len(found))
+
+    def _check_manifests(self, shards: Sequence[ShardIndex], faults: Sequence[Fault]) -> None:
         """Refuse shards that are still being written, or differ in size from what the manifest beside them says."""
-        folders = {shard.path.parent for shard in self.shards}
+        folders = {shard.path.parent for shard in shards}
         stated: dict[Path, int] = {}
         for folder in folders:
             if (folder / IN_PROGRESS).exists():
                 raise ValueError(f"{folder}: got an unfinished set of shards, expected a whole one; write it again")
             entries = (read_manifest(folder) or {}).get("shards", [])
             stated |= {folder / entry["name"]: entry["num_samples"] for entry in entries}
-        for shard in self.shards:
-            if stated.get(shard.path, len(shard)) != len(shard):
+        cut_off = {fault.shard for fault in faults}
+        for shard in shards:
+            if str(shard.path) not in cut_off and stated.get(shard.path, len(shard)) != len(shard):
                 raise ValueError(
                     f"{shard.path}: got {len(shard)} samples, expected {stated[shard.path]} as its manifest says; "
                     "write the shards again"
@@ -169,7 +287,7 @@ class ShardDataset(Dataset[Item]):
             raise ValueError(f"shards: got {len(self.shards)} shards {left}, expected at least one sample")
         images = np.concatenate([shard.has_any(IMAGE_SUFFIXES) for shard in self.shards])
         moments = np.concatenate([shard.has_any(["npy"]) for shard in self.shards])
-        wrong = (images == moments) | (images != images[0])
+        wrong = (images & moments) | (images != images[0])
         if wrong.any():
             raise ValueError(
                 f"{self.key(int(np.argmax(wrong)))}: got a sample that differs from the rest, expected one image "
@@ -184,46 +302,72 @@ class ShardDataset(Dataset[Item]):
             raise ValueError(
                 f"data.resolution: got {self.resolution} for shards of moments, whose size is given; expected null"
             )
-        if self.payload == "moments" and self.flip:
-            raise ValueError("data.flip: got true for shards of moments, expected false; flip images before encoding")
+        if self.payload == "moments" and self.pictures.flip:
+            lacking = next((i for i, shard in enumerate(self.shards) if not shard.has_any([FLIPPED]).all()), None)
+            if lacking is not None:
+                raise ValueError(
+                    f"data.flip: got true for shards of moments, of which {self.shards[lacking].path} has none of "
+                    "mirrored pictures, expected false; or encode with ldm data encode flips=true"
+                )
+
+    def _check_captions(self) -> None:
+        """Refuse a caption column that none of the first samples has: its captions would all be empty."""
+        if self.captions is None:
+            return
+        known = {CAPTION_FILE}.union(
+            *islice((row for shard in range(len(self.shards)) for row in self._rows(shard)), 100)
+        )
+        if strange := sorted(set(self.captions.weights) - known):
+            raise ValueError(f"data.captions: got {', '.join(strange)}, expected some of {', '.join(sorted(known))}")
 
     def _check_columns(self) -> None:
-        if not self.columns:
+        if not self.json_columns:
             return
-        shard, sample = self._locate(0)
-        row = decode(self.shards[shard], sample, self._reader, suffixes=["json"]).get("json", {})
-        missing = [column for column in self.columns if column not in row]
+        row = next((row for shard in range(len(self.shards)) for row in self._rows(shard)), {})
+        missing = [column for column in self.json_columns if column not in row]
         if missing:
             raise ValueError(f"data.columns: got {missing}, expected some of {sorted(row)} as in {self.key(0)}.json")
+        texts = [column for column in self.json_columns if isinstance(row[column], str | list | dict)]
+        if texts:
+            raise ValueError(f"data.columns: got {texts}, which hold no numbers in {self.key(0)}.json; leave them out")
 
-    def _find_encoder(self) -> str:
-        """Return the one encoder whose moments these are, by the first sample of every shard."""
+    def _find_encoder(self, name: str = "encoder_sha256") -> str | None:
+        """Return the one encoder whose moments these are, by the first sample of every shard; None without text."""
         found: dict[str, Path] = {}
-        for shard in self.shards:
-            if len(shard):
-                row = decode(shard, 0, self._reader, suffixes=["json"]).get("json", {})
-                found.setdefault(str(row.get("encoder_sha256", "")), shard.path)
+        # Of remote shards the first alone, which need not all be fetched for it; every sample is looked at when read.
+        for number, shard in enumerate(self.shards[: 1 if self.remote else None]):
+            for row in islice(self._rows(number), 1):
+                found.setdefault(str(row.get(name, "")), shard.path)
+        if name == HASH and found.keys() == {""}:
+            return None
         if len(found) != 1 or "" in found:
             listed = ", ".join(f"{sha256[:12] or 'none'} in {path}" for sha256, path in found.items())
-            raise ValueError(f"encoder_sha256: got {listed}, expected one encoder; encode all shards with the same")
+            raise ValueError(f"{name}: got {listed}, expected one encoder; encode all shards with the same")
         return next(iter(found))
 
+    def _rows(self, shard: int) -> Iterator[Item]:
+        """Yield the json of a shard's samples, empty where there is none, without those that cannot be read."""
+        for sample in range(len(self.shards[shard])):
+            with suppress(CorruptSampleError):
+                yield _row(decode(self.shards[shard], sample, self._reader, suffixes=["json", "cls"]))
+
     def _check_encoder(self, row: Item, index: int) -> None:
-        if row.get("encoder_sha256") != self.encoder_sha256:
-            raise CorruptSampleError(
-                f"{self.key(index)}: got moments of encoder {str(row.get('encoder_sha256'))[:12]}, "
-                f"expected {str(self.encoder_sha256)[:12]} as in the others; encode all shards with the same"
-            )
+        for name, what in (("encoder_sha256", "moments"), (HASH, "text embeddings")):
+            expected = getattr(self, name)
+            if row.get(name) != expected:
+                raise CorruptSampleError(
+                    f"{self.key(index)}: got {what} of encoder {str(row.get(name))[:12]}, "
+                    f"expected {str(expected)[:12]} as in the others; encode all shards with the same",
+                    kind="foreign_moments",
+                )
+
+
+def _row(decoded: Item) -> Item:
+    """Return what a sample says of itself: its json, and its class where that is a member of its own."""
+    return {name: decoded[name] for name in ("cls",) if name in decoded} | dict(decoded.get("json", {}))
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """Stack items into a batch: tensors on a new first axis, numbers into tensors (B,), captions into a list."""
-    return {name: _stack([item[name] for item in items]) for name in items[0]}
-
-
-def _stack(values: list[Any]) -> Tensor | list[str]:
-    if isinstance(values[0], Tensor):
-        return torch.stack(values)
-    if isinstance(values[0], str):
-        return values
-    return torch.tensor(values)
+    """Put items into a batch: tensors and arrays stacked, numbers into tensors (B,), captions into a list."""
+    plain = [{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in item.items()} for item in items]
+    return assemble(plain, len(plain))

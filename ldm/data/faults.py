@@ -21,8 +21,9 @@ from ldm.data.shards import (
 class Kind(NamedTuple):
     """What a kind of fault means, and what reading for training does about it.
 
-    `outcome` is "refused" (training stops there), "ignored" (the member is never touched) or "converted" (the sample
-    is read all the same, as `meaning` says).
+    `outcome` is "refused" (training does not start, or stops there), "skipped" (another sample stands in for it, and
+    bad_samples.jsonl has a line), "ignored" (the member is never touched) or "converted" (the sample is read all the
+    same, as `meaning` says).
     """
 
     outcome: str
@@ -33,7 +34,7 @@ KINDS = {
     "empty_file": Kind("refused", "a file of no bytes"),
     "not_a_tar": Kind("refused", "no tar from its first byte on, such as a web page or a compressed file"),
     "broken_tar": Kind("refused", "a tar with other bytes where a header should be"),
-    "truncated_tar": Kind("refused", "a tar that ends inside a member"),
+    "truncated_tar": Kind("skipped", "a tar that ends inside a member; the samples before it are read"),
     "no_end_marker": Kind("converted", "a tar without its end, perhaps cut off between two members; read as it is"),
     "no_samples": Kind("ignored", "a tar without a sample"),
     "wrong_count": Kind("refused", "another number of samples than the manifest beside it states"),
@@ -43,14 +44,14 @@ KINDS = {
     "unsafe_member": Kind("ignored", "a member that runs code where it is loaded, such as a pickle; never read"),
     "compressed_member": Kind("ignored", "a compressed member; never inflated"),
     "not_a_file": Kind("ignored", "a link, device or pipe"),
-    "no_image": Kind("refused", "neither an image nor moments"),
+    "no_image": Kind("skipped", "neither an image nor moments"),
     "several_images": Kind("converted", "several images, of which the first of jpg, jpeg, png, webp is read"),
-    "oversized_member": Kind("refused", "a member too large to be read; it is not"),
-    "broken_image": Kind("refused", "an image that cannot be decoded to its end"),
-    "image_bomb": Kind("refused", "an image of more pixels than are ever decoded"),
-    "broken_array": Kind("refused", "an array that is no moments of floats, or a pickle"),
-    "broken_json": Kind("refused", "json that cannot be read, or is no object"),
-    "not_utf8": Kind("refused", "text or json that is not UTF-8"),
+    "oversized_member": Kind("skipped", "a member too large to be read; it is not"),
+    "broken_image": Kind("skipped", "an image that cannot be decoded to its end"),
+    "image_bomb": Kind("skipped", "an image of more pixels than are ever decoded"),
+    "broken_array": Kind("skipped", "moments, text embeddings or a class that cannot be read, or a pickle"),
+    "broken_json": Kind("skipped", "json that cannot be read, or is no object"),
+    "not_utf8": Kind("skipped", "text or json that is not UTF-8"),
     "missing_caption": Kind("converted", "neither a text nor a caption in the json; read as the empty caption"),
     "cmyk": Kind("converted", "an image in printing colours, converted to RGB without their profile"),
     "sixteen_bit": Kind("converted", "an image with 16 bits a channel, cut to 8"),
@@ -58,8 +59,13 @@ KINDS = {
     "transparency": Kind("converted", "an image with transparency, laid on white"),
     "exif_rotated": Kind("converted", "an image that its EXIF data turn upright"),
     "animated": Kind("converted", "an image of several frames, of which the first is read"),
+    "missing_column": Kind("skipped", "a json in which one of data.columns is no number"),
+    "foreign_moments": Kind("refused", "moments of another encoder than the first sample's"),
+    "unreadable": Kind("skipped", "bytes that the disk does not give, as of a shard that was cut off meanwhile"),
     "tiny_image": Kind("converted", "an image with a side below min_side, scaled up"),
 }
+# What no single sample shows: found by reading for training, and moments of two encoders in a shard by looking too.
+OF_READING = ("missing_column", "foreign_moments", "unreadable")
 # Suffixes that some loader unpickles, imports or runs.
 UNSAFE_SUFFIXES = {"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "py", "pyc", "so", "dll", "sh"}
 COMPRESSED_SUFFIXES = {"gz", "bz2", "xz", "zst", "zip", "lz4", "tgz"}

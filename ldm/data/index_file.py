@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 from ldm.data.shards import ShardIndex, index_shard
 
 # Part of every file; another number is another layout, and the shard is scanned again.
-LAYOUT = 1
+LAYOUT = 2
 # Between the keys of a file, which cannot hold it: names in a tar end at it.
 END = "\0"
 
@@ -37,8 +37,11 @@ def save_index(index: ShardIndex, *, stamp: tuple[int, int]) -> Path:
     return path
 
 
-def read_index(shard: str | os.PathLike[str]) -> ShardIndex | None:
-    """Return the index kept beside a shard, or None where there is none that was made of this very file."""
+def read_index(shard: str | os.PathLike[str], *, stamp: tuple[int, int] | None = None) -> ShardIndex | None:
+    """Return the index kept beside a shard, or None where there is none that was made of this very file.
+
+    `stamp` is the (size, mtime) to go by, the file's own unless given: a remote shard need not be there.
+    """
     path, shard = index_path(shard), Path(shard)
     if not path.is_file():
         return None
@@ -46,7 +49,7 @@ def read_index(shard: str | os.PathLike[str]) -> ShardIndex | None:
         arrays, suffixes = load_file(path), _suffixes(path)
     except (SafetensorError, OSError, ValueError):
         return None
-    return _index_of(shard, arrays, suffixes) if _is_whole(arrays, len(suffixes), stamp_of(shard)) else None
+    return _index_of(shard, arrays, suffixes) if _is_whole(arrays, len(suffixes), stamp or stamp_of(shard)) else None
 
 
 def open_index(shard: str | os.PathLike[str]) -> ShardIndex:

@@ -1,5 +1,7 @@
 """A page of plots in one file: HTML with inline SVG, nothing loaded from anywhere, all text escaped."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape
 
@@ -12,7 +14,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
-  vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+  vertical-align: top; } td:last-child { overflow-wrap: anywhere; max-width: 20rem; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; } .note { color: var(--soft); }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; } figcaption { color: var(--soft); }
 svg rect { fill: var(--bar); } svg text { fill: var(--soft); font-size: 11px; }
@@ -25,16 +28,25 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 WIDTH, HEIGHT, MARGIN = 340, 150, 18
 
 
-def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """Return a whole page of (heading, HTML) sections; the headings and the title are text."""
+def page(title: str, sections: Sequence[tuple[str, str]], *, style: str = "", script: str = "") -> str:
+    """Return a whole page of (heading, HTML) sections; the headings and the title are text.
+
+    `style` comes after the page's own; of all scripts only this one runs.
+    """
     body = "\n".join(f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_policy(script))}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
+        f"<body><h1>{escape(title)}</h1>\n{body}\n{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+
+
+def _policy(script: str) -> str:
+    """What the browser may do: run this script alone, which it knows by its hash."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"{POLICY}; script-src 'sha256-{digest}'" if script else POLICY
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -65,9 +77,11 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int]) -> str:
             f'<rect x="{place * step:.1f}" y="{HEIGHT - MARGIN - tall:.1f}" width="{max(step - 1, 0.5):.1f}" '
             f'height="{tall:.1f}"><title>{escape(tip)}</title></rect>'
         )
+    # Bars of whole numbers reach half a one to either side.
+    half = 0.5 if edges[0] % 1 == edges[-1] % 1 == 0.5 else 0.0
     labels = (
-        f'<text x="0" y="{HEIGHT - 4}">{escape(number(edges[0]))}</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT - 4}" text-anchor="end">{escape(number(edges[-1]))}</text>'
+        f'<text x="0" y="{HEIGHT - 4}">{escape(number(edges[0] + half))}</text>'
+        f'<text x="{WIDTH}" y="{HEIGHT - 4}" text-anchor="end">{escape(number(edges[-1] - half))}</text>'
         f'<text x="{WIDTH}" y="10" text-anchor="end">{highest}</text>'
     )
     return _figure(title, HEIGHT, "".join(bars) + labels)
@@ -118,4 +132,4 @@ def _cell(value: object) -> str:
 
 
 def _shortened(label: str) -> str:
-    return label if len(label) <= 20 else f"{label[:19]}…"
+    return (label if len(label) <= 20 else f"{label[:19]}…") or "(empty)"

@@ -6,11 +6,12 @@ words are used, whose sequence numpy keeps the same between releases (NEP 19), u
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 # What a draw is for; the numbers are part of every stream of samples and never change.
-PURPOSES = {"shards": 1, "samples": 2, "split": 4, "colours": 5, "words": 6}
+PURPOSES = {"shards": 1, "samples": 2, "split": 4, "colours": 5, "words": 6, "mixture": 7}
 
 
 def raw_words(count: int, *, seed: int, purpose: str, epoch: int, item: int = 0) -> np.ndarray:
@@ -24,6 +25,16 @@ def permutation(count: int, *, seed: int, purpose: str, epoch: int, item: int = 
     """Return a random permutation of range(count), int64 (count,)."""
     words = raw_words(count, seed=seed, purpose=purpose, epoch=epoch, item=item)
     return np.argsort(words, kind="stable").astype(np.int64)
+
+
+class Order(Protocol):
+    """An endless stream of samples, as a pure function of the position in it."""
+
+    num_samples: int
+
+    def take(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sample indices and the epochs of `count` positions from `position` on, int64 (count,) each."""
+        ...
 
 
 class ShardOrder:
@@ -93,9 +104,7 @@ class RankBatches:
     a rank takes a contiguous slice of it.
     """
 
-    def __init__(
-        self, order: ShardOrder, *, batch_size: int, position: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, order: Order, *, batch_size: int, position: int = 0, rank: int = 0, world_size: int = 1) -> None:
         """Raises ValueError when `batch_size`, the global batch, does not divide among the ranks."""
         self.batch_size = batch_size
         self.per_rank = batch_size_per_rank(batch_size, world_size)
@@ -140,7 +149,9 @@ class ShareBatches:
 
 def batch_size_per_rank(batch_size: int, world_size: int) -> int:
     """Return a rank's part of the global batch; raises ValueError when it does not divide."""
-    if batch_size < 1 or batch_size % world_size:
+    if batch_size < 1:
+        raise ValueError(f"data.batch_size: got {batch_size}, expected 1 or more")
+    if batch_size % world_size:
         raise ValueError(
             f"data.batch_size: got {batch_size} for {world_size} processes, expected a multiple of {world_size}, "
             "because it counts the samples of all processes together"

@@ -32,7 +32,7 @@ def report_shards(
     *,
     filters: Mapping[str, Filter] | None = None,
     rows: int = 100_000,
-    images: int = 2000,
+    pictures: int = 2000,
     thumbnails: int = 48,
     distance: int = 4,
     metadata: str = "json",
@@ -43,7 +43,7 @@ def report_shards(
 
     Args:
         filters: by name, whose survival is counted.
-        rows, images: how many samples' metadata are read and images decoded, evenly spread; the rest is counted.
+        rows, pictures: how many samples' metadata are read and pictures decoded, evenly spread; the rest is counted.
         thumbnails: pictures on the contact sheet.
         distance: bits, of 64, in which the hashes of near-duplicates may differ.
         progress: is told shards done and in all.
@@ -51,12 +51,12 @@ def report_shards(
     A shard that cannot be read is left out, and told. Raises ValueError or FileNotFoundError where none can be, or
     where a number is negative.
     """
-    for name, value in (("rows", rows), ("images", images), ("thumbnails", thumbnails), ("distance", distance)):
+    for name, value in (("rows", rows), ("pictures", pictures), ("thumbnails", thumbnails), ("distance", distance)):
         if value < 0:
             raise ValueError(f"{name}: got {value}, expected 0 or more")
     check_metadata(metadata)
     paths, unreadable = readable(resolve_shards(shards))
-    tasks = plan(paths, rows=rows, images=images, thumbnails=thumbnails)
+    tasks = plan(paths, rows=rows, pictures=pictures, thumbnails=thumbnails)
     found = Measured()
     look = partial(measure_shard, filters=filters or {}, metadata=metadata)
     for done, part in enumerate(map_in_order(look, tasks, workers=workers), start=1):
@@ -86,13 +86,13 @@ def readable(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return good, bad
 
 
-def plan(paths: Sequence[Path], *, rows: int, images: int, thumbnails: int) -> list[Task]:
+def plan(paths: Sequence[Path], *, rows: int, pictures: int, thumbnails: int) -> list[Task]:
     """Spread the samples that are looked at evenly over all shards; raises ValueError for no sample at all."""
     ends = np.cumsum([len(open_index(path)) for path in paths])
     total = int(ends[-1])
     if not total:
         raise ValueError(f"shards: got {len(paths)} shards without a sample, expected at least one sample")
-    chosen = [spread(total, rows), spread(total, images)]
+    chosen = [spread(total, rows), spread(total, pictures)]
     shown = chosen[1][spread(len(chosen[1]), thumbnails)]
     tasks = []
     for path, end, start in zip(paths, ends.tolist(), [0, *ends[:-1].tolist()], strict=True):
@@ -109,6 +109,7 @@ def summarize(found: Measured, filters: Mapping[str, Filter]) -> dict[str, Any]:
         "height": [picture.height for picture in pictures],
         "aspect_ratio": [picture.width / picture.height for picture in pictures],
         "image_bytes": [picture.num_bytes for picture in pictures],
+        "white_border": [picture.white for picture in pictures],
         "caption_words": found.caption_words,
         "caption_letters": found.caption_letters,
     }
@@ -122,10 +123,17 @@ def summarize(found: Measured, filters: Mapping[str, Filter]) -> dict[str, Any]:
         "images_unreadable": found.unreadable[:100],
         "num_without_caption": sum(letters == 0 for letters in found.caption_letters),
         "num_bordered": sum(picture.white >= BORDERED for picture in pictures),
+        "most_bordered": _most_bordered(found),
         "histograms": {name: bins(values) for name, values in sizes.items() if values},
         "columns": {name: _column(values) for name, values in sorted(found.columns.items())},
         "filters": {name: _survival(name, chosen, found) for name, chosen in filters.items()},
     }
+
+
+def _most_bordered(found: Measured) -> dict[str, float]:
+    """Return the pictures with the widest white borders by shard and key, and the border's share of each."""
+    bordered = sorted(found.pictures, key=lambda picture: -picture.white)[:MAX_SHOWN]
+    return {f"{picture.shard}: {picture.key}": picture.white for picture in bordered if picture.white >= BORDERED}
 
 
 def bins(values: Sequence[float]) -> dict[str, Any]:
@@ -174,6 +182,7 @@ def render(found: Measured, summary: Mapping[str, Any]) -> str:
         ("Pictures and captions", _histograms(summary)),
         ("Filters", _filters(summary)),
         ("Metadata", _columns(summary)),
+        ("White borders", _borders(summary)),
         ("Near-duplicates", _groups(summary)),
         ("Contact sheet", _sheet(found)),
     ]
@@ -244,6 +253,12 @@ def _reasons(facts: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Return how many samples failed each condition, and were unknown to it; zeros where none was judged."""
     none = [0] * len(facts["where"])
     return facts.get("failed") or none, facts.get("unknown") or none
+
+
+def _borders(summary: Mapping[str, Any]) -> str:
+    told = f"{summary['num_bordered']} of {summary['num_images_decoded']} decoded pictures have them."
+    rows = [(f"{white:.0%}", name) for name, white in summary["most_bordered"].items()]
+    return page.paragraph(told) + (page.table(["of the area", "the widest"], rows) if rows else "")
 
 
 def _groups(summary: Mapping[str, Any]) -> str:

@@ -69,8 +69,8 @@ class ColumnNames:
         if column in available:
             return column
         group = next((names for names in ALIASES if column in names), ())
-        folded = [name for name in available if name.lower() == column.lower()] if _folds(column) else []
-        found = [name for name in group if name in available] or folded
+        folds = {name.lower() for name in group or (column,) if _folds(name)}
+        found = [name for name in group if name in available] or [name for name in available if name.lower() in folds]
         if len(found) == 1:
             return found[0]
         problem = f"got {found}, expected one of them" if found else "there is no such column"

@@ -2,48 +2,52 @@
 
 import glob
 import hashlib
-import io
-import json
 import os
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image, ImageOps
+from PIL import UnidentifiedImageError
+
+from ldm.data.decoding import DECODERS as DECODERS
+from ldm.data.decoding import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from ldm.data.decoding import MAX_BYTES as MAX_BYTES
+from ldm.data.decoding import MAX_PIXELS as MAX_PIXELS
+from ldm.data.decoding import SUFFIXES as SUFFIXES
+from ldm.data.decoding import CorruptSampleError as CorruptSampleError
+from ldm.data.decoding import UnreachableError, fault_kind
+from ldm.data.decoding import check_size as check_size
+from ldm.data.decoding import decode_image as decode_image
+from ldm.data.decoding import decode_json as decode_json
+from ldm.data.decoding import decode_moments as decode_moments
 
 BLOCK = 512
 # Bytes of a header that only says a long name; a larger one is no name.
 MAX_EXTENSION = 2**20
-# Everything that is ever read out of a shard; other members are left alone, so nothing is unpickled or run.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-SUFFIXES = (*IMAGE_SUFFIXES, "npy", "txt", "json")
 # webdataset's own rule: the key is the path up to the first dot of its last part.
 _MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
-MAX_PIXELS = 2**26
-# A member above these is refused before it is read, so that no sample takes memory without bound.
-MAX_BYTES = {**dict.fromkeys((*IMAGE_SUFFIXES, "npy"), 2**27), "txt": 2**20, "json": 2**22}
 
 
 # The type flags of regular files.
 REGULAR = (b"0", b"\0")
 
 
-class CorruptSampleError(ValueError):
-    """A member of a shard cannot be read; the message names the shard and the key."""
-
-
 class BrokenTarError(ValueError):
-    """A file is not a whole tar; `kind` is empty_file, not_a_tar, broken_tar or truncated_tar."""
+    """A file is not a whole tar; `kind` is empty_file, not_a_tar, broken_tar or truncated_tar.
 
-    def __init__(self, message: str, *, kind: str) -> None:
+    `member` is the name of the one inside which the file ends, where it can be read.
+    """
+
+    def __init__(self, message: str, *, kind: str, member: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.member = member
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,7 @@ def scan_entries(path: Path) -> Iterator[tuple[bytes, str, int, int]]:
                 raise BrokenTarError(
                     f"{path}: got a file cut off inside {name}, expected a whole tar; copy it again",
                     kind="truncated_tar",
+                    member=override.get("path", name) if kind in REGULAR else "",
                 )
             if kind in (b"x", b"L"):
                 if size > MAX_EXTENSION:
@@ -256,11 +261,23 @@ def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", errors="surrogateescape")
 
 
-class ShardReader:
-    """Reads byte ranges of many files with at most `limit` of them open; safe to copy into worker processes."""
+class Opener(Protocol):
+    """Opens files that may have to be fetched first; ldm.data.remote.ShardCache is one."""
 
-    def __init__(self, limit: int = 64) -> None:
+    def open(self, path: Path) -> int:
+        """Return a descriptor of a file."""
+        ...
+
+
+class ShardReader:
+    """Reads byte ranges of many files with at most `limit` of them open; safe to copy into worker processes.
+
+    `remote` opens them, where they are copies of remote files.
+    """
+
+    def __init__(self, limit: int = 64, *, remote: Opener | None = None) -> None:
         self.limit = limit
+        self.remote = remote
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
@@ -276,7 +293,7 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"limit": self.limit, "_open": OrderedDict()}
+        return {"limit": self.limit, "remote": self.remote, "_open": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -285,66 +302,23 @@ class ShardReader:
         if path not in self._open:
             if len(self._open) >= self.limit:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY)
+            self._open[path] = self.remote.open(path) if self.remote else os.open(path, os.O_RDONLY)
         self._open.move_to_end(path)
         return self._open[path]
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes into an upright RGB image; transparency is laid on white.
-
-    Raises ValueError for an image above MAX_PIXELS, before it is decoded, and whatever Pillow raises for a bad one.
-    """
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def decode_moments(content: bytes) -> np.ndarray:
-    """Decode npy bytes into moments float32 (M, h, w); raises ValueError for pickled or misshapen arrays."""
-    moments: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    if moments.ndim != 3 or moments.dtype.kind != "f":
-        raise ValueError(f"got moments {moments.dtype} {moments.shape}, expected floats (M, h, w)")
-    return moments.astype(np.float32, copy=False)
-
-
-def decode_json(content: bytes) -> dict[str, Any]:
-    """Decode a json object; raises ValueError for anything else."""
-    row = json.loads(content)
-    if not isinstance(row, dict):
-        raise ValueError(f"got a json {type(row).__name__}, expected an object")
-    return row
-
-
-DECODERS: dict[str, Callable[[bytes], Any]] = {
-    **dict.fromkeys(IMAGE_SUFFIXES, decode_image),
-    "npy": decode_moments,
-    "txt": bytes.decode,
-    "json": decode_json,
-}
-
-
-def check_size(suffix: str, size: int) -> None:
-    """Raise ValueError for a member that is too large to be read."""
-    if size > MAX_BYTES[suffix]:
-        raise ValueError(f"got {size} bytes, expected at most {MAX_BYTES[suffix]} in a .{suffix}")
-
-
-def decode(index: ShardIndex, sample: int, reader: ShardReader, *, suffixes: Iterable[str]) -> dict[str, Any]:
+def decode(
+    index: ShardIndex,
+    sample: int,
+    reader: ShardReader,
+    *,
+    suffixes: Iterable[str],
+    decoders: Mapping[str, Callable[[bytes], Any]] = DECODERS,
+) -> dict[str, Any]:
     """Read and decode the members of a sample that have one of the suffixes, by suffix.
 
-    Raises CorruptSampleError, naming shard, key and member, for whatever cannot be decoded.
+    Raises CorruptSampleError, naming shard, key, member and kind of fault, for whatever cannot be decoded, and
+    UnreachableError for a remote shard that cannot be fetched.
     """
     members, decoded = index.members(sample), {}
     for suffix in suffixes:
@@ -352,8 +326,13 @@ def decode(index: ShardIndex, sample: int, reader: ShardReader, *, suffixes: Ite
             continue
         try:
             check_size(suffix, members[suffix][1])
-            decoded[suffix] = DECODERS[suffix](reader.read(index.path, *members[suffix]))
+            decoded[suffix] = decoders[suffix](reader.read(index.path, *members[suffix]))
+        except UnreachableError:
+            raise
         except Exception as error:  # the data's edge: whatever a decoder raises, the user needs shard and key
             where = f"{index.path}: {index.keys[sample]}.{suffix}"
-            raise CorruptSampleError(f"{where} cannot be decoded ({error}); write the shard again") from error
+            # Pillow's own words for what is no image hold an address in memory.
+            text = "got no JPEG, PNG or WebP" if isinstance(error, UnidentifiedImageError) else str(error)
+            message = f"{where} cannot be decoded ({text}); write the shard again"
+            raise CorruptSampleError(message, kind=fault_kind(suffix, error), reason=f".{suffix}: {text}") from error
     return decoded

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,16 +13,17 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ldm.data.embeddings import HASH
 from ldm.data.faults import KINDS, Fault, header_faults
 from ldm.data.parallel import map_in_order
 from ldm.data.shards import (
+    DECODERS,
     IMAGE_SUFFIXES,
     MAX_BYTES,
     MAX_PIXELS,
     ShardIndex,
     ShardReader,
     decode_json,
-    decode_moments,
     resolve_shards,
 )
 from ldm.data.writer import read_manifest
@@ -29,6 +31,8 @@ from ldm.data.writer import read_manifest
 # What Pillow may open; a file of another format is a broken image, whatever its name.
 FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112
+# What a sample's json says encoded it.
+HASHES = ("encoder_sha256", HASH)
 Found = tuple[str, str]
 
 
@@ -76,45 +80,63 @@ def validate_shards(
     """
     paths = resolve_shards(shards)
     faults: list[Fault] = []
+    encoders: dict[str, Any] = {}
     num_samples = 0
     look = partial(check_shard, checks=checks or Checks(), stated=_stated_counts(paths))
-    for done, (count, found) in enumerate(map_in_order(look, paths, workers=workers), start=1):
+    for done, (count, found, stated) in enumerate(map_in_order(look, paths, workers=workers), start=1):
         num_samples += count
         faults += found
+        for kind, reason in _foreign(stated, encoders, first="first shard") if stated else ():
+            faults.append(Fault(str(paths[done - 1]), "", kind, reason))
         progress(done, len(paths))
     return Verdict(len(paths), num_samples, faults)
 
 
-def check_shard(path: Path, *, checks: Checks, stated: Mapping[Path, int] | None = None) -> tuple[int, list[Fault]]:
-    """Return a shard's number of samples and its faults; `stated` are the numbers that manifests give."""
+def check_shard(
+    path: Path, *, checks: Checks, stated: Mapping[Path, int] | None = None
+) -> tuple[int, list[Fault], dict[str, Any]]:
+    """Return a shard's number of samples, its faults, and what its first sample states of what encoded it.
+
+    `stated` are the numbers of samples that manifests give.
+    """
     index, faults = header_faults(path)
     if index is None:
-        return 0, faults
+        return 0, faults, {}
     expected = (stated or {}).get(path, len(index))
     if expected != len(index):
         reason = f"got {len(index)} samples, expected {expected} as its manifest says"
         faults.append(Fault(str(path), "", "wrong_count", reason))
-    reader = ShardReader()
+    reader, encoders = ShardReader(), dict[str, Any]()
     for row, key in enumerate(index.keys):
-        faults += [Fault(str(path), key, kind, reason) for kind, reason in check_sample(index, row, reader, checks)]
+        found = check_sample(index, row, reader, checks, encoders)
+        faults += [Fault(str(path), key, kind, reason) for kind, reason in found]
     reader.close()
-    return len(index), faults
+    return len(index), faults, encoders
 
 
-def check_sample(index: ShardIndex, row: int, reader: ShardReader, checks: Checks) -> Iterator[Found]:
-    """Yield (kind, reason) of every fault of a sample's members; members that are too large are not read."""
+def check_sample(
+    index: ShardIndex, row: int, reader: ShardReader, checks: Checks, encoders: dict[str, Any] | None = None
+) -> Iterator[Found]:
+    """Yield (kind, reason) of every fault of a sample's members; members that are too large are not read.
+
+    `encoders` are the hashes that the shard's samples state of what encoded them; the first to come fills them in.
+    """
     members = {suffix: place for suffix, place in index.members(row).items() if place[1] <= MAX_BYTES[suffix]}
     captions: list[Any] = [] if members.keys() >= index.members(row).keys() else ["unread"]
     for suffix in members:
         content = reader.read(index.path, *members[suffix])
         if suffix in IMAGE_SUFFIXES:
             yield from check_image(content, checks)
-        elif suffix == "npy":
-            yield from _attempt(decode_moments, content, kind="broken_array")
+        elif suffix not in ("txt", "json"):
+            yield from _attempt(DECODERS[suffix], content, kind="broken_array")
         else:
+            if suffix == "json":
+                yield from _check_encoders(content, {} if encoders is None else encoders)
             yield from _check_text(suffix, content, captions)
     if not any(captions):
-        yield "missing_caption", "got neither a .txt nor a caption in .json"
+        texts = [f".{suffix}" for suffix in ("txt", "json") if suffix in members]
+        found = f"an empty caption in {' and '.join(texts)}" if texts else "neither .txt nor .json"
+        yield "missing_caption", f"got {found}, expected words; read as the empty caption"
 
 
 def check_image(content: bytes, checks: Checks) -> Iterator[Found]:
@@ -174,6 +196,20 @@ def _check_text(suffix: str, content: bytes, captions: list[Any]) -> Iterator[Fo
     except (ValueError, RecursionError) as error:
         captions.append("unread")
         yield "broken_json", f"{type(error).__name__}: {error}"
+
+
+def _check_encoders(content: bytes, encoders: dict[str, Any]) -> Iterator[Found]:
+    """Yield an encoder that is another one than that of the shard's samples before."""
+    with suppress(ValueError, RecursionError):  # told by `_check_text`
+        yield from _foreign(decode_json(content), encoders, first="first sample")
+
+
+def _foreign(row: Mapping[str, Any], encoders: dict[str, Any], *, first: str) -> Iterator[Found]:
+    """Yield each hash of a row that is another one than that of the first, which is noted in `encoders`."""
+    for name in HASHES:
+        if encoders.setdefault(name, row.get(name)) != row.get(name):
+            told = [str(value)[:12] for value in (row.get(name), encoders[name])]
+            yield "foreign_moments", f"got {name} {told[0]}, expected {told[1]} as in the {first}"
 
 
 def _attempt(decoder: Callable[[bytes], Any], content: bytes, *, kind: str) -> Iterator[Found]:

@@ -6,8 +6,9 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from PIL import Image
 MANIFEST = "manifest.json"
 # Marks a folder whose shards are being written, so that a killed run may be written over.
 IN_PROGRESS = ".writing"
-IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG"}
+IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+# Pillow's name of what is stored as it is, and its suffix; MPO is a JPEG that holds more pictures behind the first.
+SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_SAMPLES_PER_SHARD = 10_000
 SHARD_NAME = re.compile(r"\d{5,}\.tar")
 
@@ -46,7 +49,7 @@ class LatentRecord:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """One sample ready to be written: its payload's suffix and bytes, what we say of it, and the record's columns."""
 
     suffix: str
@@ -71,13 +74,12 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write image records as `00000.tar`, `00001.tar`, ... and, last of all, `manifest.json`; return the manifest.
 
-    Members are `{shard:05d}{i:04d}.png|jpg`, `.txt` and `.json` (key, caption, width, height, original_width,
-    original_height, sha256 of the image's bytes, status, and the record's own columns). `quality` is JPEG's.
+    Members are `{shard:05d}{i:04d}.png|jpg|webp`, `.txt` and `.json` (key, caption, width, height, original_width,
+    original_height, sha256 of the image's bytes, status, and the record's own columns). `quality` is JPEG's and WebP's.
     Raises ValueError for an unknown format, a wrong shard size, an empty set, or a folder with foreign shards.
     """
-    if image_format not in IMAGE_FORMATS:
-        raise ValueError(f"image_format: got {image_format!r}, expected one of {sorted(IMAGE_FORMATS)}")
-    samples = (_image_sample(record, image_format=image_format, quality=quality) for record in records)
+    check_format(image_format, quality)
+    samples = (image_sample(record, image_format=image_format, quality=quality) for record in records)
     return _write_set(Path(folder), samples, samples_per_shard=samples_per_shard, facts={})
 
 
@@ -107,7 +109,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return manifest
 
 
-def _image_sample(record: Record, *, image_format: str, quality: int) -> _Sample:
+def check_format(image_format: str, quality: int) -> None:
+    """Raise ValueError for a format that is not one of IMAGE_FORMATS, or a quality that is not 1 to 100."""
+    if image_format not in IMAGE_FORMATS:
+        raise ValueError(f"image_format: got {image_format!r}, expected one of {sorted(IMAGE_FORMATS)}")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality: got {quality}, expected 1 to 100")
+
+
+def image_sample(record: Record, *, image_format: str, quality: int) -> Sample:
+    """Return an image record ready to be written, encoded unless it holds bytes; raises what Pillow raises."""
     payload, suffix, (width, height) = _encoded(record.image, image_format=image_format, quality=quality)
     original_width, original_height = record.original_size or (width, height)
     facts = {
@@ -118,7 +129,7 @@ def _image_sample(record: Record, *, image_format: str, quality: int) -> _Sample
         "sha256": hashlib.sha256(payload).hexdigest(),
         "status": "success",
     }
-    return _Sample(suffix, payload, record.caption, facts, record.columns)
+    return Sample(suffix, payload, record.caption, facts, record.columns)
 
 
 def _encoded(
@@ -127,80 +138,107 @@ def _encoded(
     """Return the image's bytes, its suffix and its (width, height)."""
     if isinstance(image, bytes):
         with Image.open(io.BytesIO(image)) as opened:
-            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(opened.format or "")
+            suffix = SUFFIX_OF.get(opened.format or "")
             if suffix is None:
                 raise ValueError(f"image bytes: got format {opened.format}, expected JPEG, PNG or WEBP")
             return image, suffix, opened.size
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if image_format == "jpg":  # which knows neither palettes nor transparency
         picture = picture.convert("RGB")
-    options = {"quality": quality} if image_format == "jpg" else {}
+    options = {} if image_format == "png" else {"quality": quality}
     stream = io.BytesIO()
     picture.save(stream, format=IMAGE_FORMATS[image_format], **options)
     return stream.getvalue(), image_format, picture.size
 
 
-def _latent_sample(record: LatentRecord, encoder_sha256: str) -> _Sample:
+def _latent_sample(record: LatentRecord, encoder_sha256: str) -> Sample:
     moments = np.ascontiguousarray(record.moments, dtype=np.float32)
     if moments.ndim != 3:
         raise ValueError(f"moments: got shape {moments.shape}, expected (M, h, w), the moments of one image")
     stream = io.BytesIO()
     np.save(stream, moments, allow_pickle=False)
     facts = {"encoder_sha256": encoder_sha256, "shape": list(moments.shape), "status": "success"}
-    return _Sample("npy", stream.getvalue(), record.caption, facts, record.columns)
+    return Sample("npy", stream.getvalue(), record.caption, facts, record.columns)
 
 
-def _write_set(
-    folder: Path, samples: Iterator[_Sample], *, samples_per_shard: int, facts: dict[str, Any]
-) -> dict[str, Any]:
+def check_shard_size(samples_per_shard: int) -> None:
+    """Raise ValueError for a number of samples that the keys of a shard cannot count."""
     if not 1 <= samples_per_shard <= MAX_SAMPLES_PER_SHARD:
         raise ValueError(f"samples_per_shard: got {samples_per_shard}, expected 1 to {MAX_SAMPLES_PER_SHARD}")
-    _claim(folder)
-    shards: list[dict[str, Any]] = []
-    columns: set[str] = set()
-    while batch := list(islice(samples, samples_per_shard)):
-        shards.append(_write_shard(folder, len(shards), batch))
-        columns.update(*(sample.columns for sample in batch))
-    if not shards:
-        raise ValueError(f"records: got none to write to {folder}, expected at least one")
+
+
+class ShardFile:
+    """One shard being written: `00003.tar` of number 3, which is there only when it is whole.
+
+    Use as `add` for each sample, then `close`; a shard that is not closed leaves a hidden file that nobody reads.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], number: int) -> None:
+        from webdataset.writer import TarWriter  # which imports torch; reading a manifest need not wait for it
+
+        self.path = Path(folder) / f"{number:05d}.tar"
+        self.number = number
+        self.num_samples = 0
+        self.columns: set[str] = set()
+        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._stream = self._temporary.open("w+b")
+        self._tar = TarWriter(self._stream, encoder=False, mtime=0, user="", group="", compress=False)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample under the next key."""
+        key = f"{self.number:05d}{self.num_samples:04d}"
+        row = {"key": key, "caption": sample.caption, **sample.facts, **sample.columns}
+        members = {sample.suffix: sample.payload, "txt": sample.caption.encode(), "json": json.dumps(row).encode()}
+        self._tar.write({"__key__": key, **members})
+        self.num_samples += 1
+        self.columns.update(sample.columns)
+
+    def close(self) -> dict[str, Any]:
+        """Put the shard in its place, on disk, and return its entry of the manifest."""
+        self._tar.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.seek(0)
+        sha256 = hashlib.file_digest(self._stream, "sha256").hexdigest()
+        size = self._stream.tell()
+        self._stream.close()
+        self._temporary.replace(self.path)
+        return {"name": self.path.name, "num_samples": self.num_samples, "bytes": size, "sha256": sha256}
+
+    def abandon(self) -> None:
+        """Leave the shard unwritten."""
+        with suppress(OSError):  # a full disk may be why
+            self._tar.close()
+        with suppress(OSError):
+            self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_manifest(
+    folder: Path, shards: list[dict[str, Any]], *, columns: set[str], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write manifest.json, which says that the set is whole, take the mark of an unfinished one away, and return it."""
     num_samples = sum(shard["num_samples"] for shard in shards)
     manifest = {"num_samples": num_samples, "columns": sorted(columns), **facts, "shards": shards}
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    (folder / IN_PROGRESS).unlink()
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    (folder / IN_PROGRESS).unlink(missing_ok=True)
     return manifest
 
 
-def _claim(folder: Path) -> None:
-    """Make the folder ours and empty of shards; shards that this module did not write are left alone."""
+def claim(folder: Path) -> None:
+    """Make the folder ours and empty of shards; raises ValueError where shards lie that nobody here wrote."""
     folder.mkdir(parents=True, exist_ok=True)
     old = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)]
     ours = (folder / MANIFEST).exists() or (folder / IN_PROGRESS).exists()
     if old and not ours:
         raise ValueError(f"folder: got {folder}, which holds {old[0].name} without {MANIFEST}; choose an empty folder")
-    (folder / IN_PROGRESS).touch()
+    (folder / IN_PROGRESS).write_bytes(b"")
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in [*old, *folder.glob(".*.tmp")]:
         path.unlink()
 
 
-def _write_shard(folder: Path, shard: int, samples: list[_Sample]) -> dict[str, Any]:
-    from webdataset.writer import TarWriter  # which imports torch; reading a manifest need not wait for it
-
-    stream = io.BytesIO()
-    with TarWriter(stream, encoder=False, mtime=0, user="", group="", compress=False) as tar:
-        for i, sample in enumerate(samples):
-            key = f"{shard:05d}{i:04d}"
-            row = {"key": key, "caption": sample.caption, **sample.facts, **sample.columns}
-            members = {sample.suffix: sample.payload, "txt": sample.caption.encode(), "json": json.dumps(row).encode()}
-            tar.write({"__key__": key, **members})
-    content = stream.getvalue()
-    name = f"{shard:05d}.tar"
-    _replace(folder / name, content)
-    sha256 = hashlib.sha256(content).hexdigest()
-    return {"name": name, "num_samples": len(samples), "bytes": len(content), "sha256": sha256}
-
-
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Put content at path in one step: a killed run leaves the old file, the new one or none, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as stream:
@@ -208,3 +246,25 @@ def _replace(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+def _write_set(
+    folder: Path, samples: Iterator[Sample], *, samples_per_shard: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    check_shard_size(samples_per_shard)
+    claim(folder)
+    shards: list[dict[str, Any]] = []
+    columns: set[str] = set()
+    for first in samples:
+        shard = ShardFile(folder, len(shards))
+        try:
+            for sample in chain([first], islice(samples, samples_per_shard - 1)):
+                shard.add(sample)
+        except BaseException:
+            shard.abandon()
+            raise
+        shards.append(shard.close())
+        columns |= shard.columns
+    if not shards:
+        raise ValueError(f"records: got none to write to {folder}, expected at least one")
+    return write_manifest(folder, shards, columns=columns, facts=facts)

@@ -1,8 +1,8 @@
 """The mathematics of diffusion, shared by training and sampling. Time t = 0 is data; noise grows with t."""
 
 from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.denoiser import Denoiser, Prediction
+from ldm.diffusion.denoiser import Denoiser, Prediction, PredictionWithVariance
 from ldm.diffusion.guidance import Denoise, Guidance
 from ldm.diffusion.schedules import Schedule
 
-__all__ = ["Conditioning", "Denoise", "Denoiser", "Guidance", "Prediction", "Schedule"]
+__all__ = ["Conditioning", "Denoise", "Denoiser", "Guidance", "Prediction", "PredictionWithVariance", "Schedule"]

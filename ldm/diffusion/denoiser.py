@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.parameterizations import Parameterization
-from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.schedules import DiscreteSchedule, Schedule
 from ldm.diffusion.times import Times
+from ldm.diffusion.variance import variational_bound
 from ldm.diffusion.weightings import Weighting
+
+Distance = Literal["square", "absolute"]
 
 
 class Prediction(NamedTuple):
@@ -20,16 +23,37 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
+class PredictionWithVariance(Prediction):
+    """A prediction, a pair like any other, of a model that also says the variance of a step back in time.
+
+    Attributes:
+        share: v, of the shape of x_t: where the variance lies between its bounds, see `ldm.diffusion.variance`.
+    """
+
+    share: Tensor
+
+    def __new__(cls, x_0: Tensor, eps: Tensor, share: Tensor) -> Self:
+        prediction = super().__new__(cls, x_0, eps)
+        prediction.share = share
+        return prediction
+
+
 class Denoiser(nn.Module):
     """Turns a network's output into (x_0, eps), and a batch into a loss.
 
     Args:
-        network: forward(x (B, C, H, W), t (B,), cond) -> (B, C, H, W).
+        network: forward(x (B, C, H, W), t (B,), cond) -> (B, C, H, W); with an attribute `learned_variance` that is
+            true (B, 2C, H, W), of which the second half says the variance.
         schedule, parameterization, weighting, times: the diffusion process, configured here once; a sampler takes
             the schedule from here.
+        distance: what the loss takes of the error of a value: its "square", or the "absolute" error, as LDM's models of
+            churches, layouts, masks and semantic maps were trained (`loss_type: l1`).
+        bound_weight: of the variational bound, beside the squared error, where the network learns a variance
+            (lambda of Nichol & Dhariwal 2021, eq. 16) on a schedule of training steps. On others, as in SiT, what it
+            says of the variance is not trained.
 
     Raises:
-        ValueError: the parts do not fit each other.
+        ValueError: the parts do not fit each other, or there is no such distance.
     """
 
     def __init__(
@@ -40,8 +64,14 @@ class Denoiser(nn.Module):
         parameterization: Parameterization,
         weighting: Weighting,
         times: Times,
+        distance: Distance = "square",
+        bound_weight: float = 1e-3,
     ) -> None:
         super().__init__()
+        if distance not in get_args(Distance):
+            raise ValueError(
+                f"got model.denoiser.distance={distance!r}, expected one of {', '.join(get_args(Distance))}"
+            )
         parameterization.check(schedule)
         times.check(schedule)
         self.network = network
@@ -49,19 +79,30 @@ class Denoiser(nn.Module):
         self.parameterization = parameterization
         self.weighting = weighting
         self.times = times
+        self.distance = distance
+        self.bound_weight = bound_weight
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """The pair (x_0, eps) for x_t (B, C, H, W) at times t (B,)."""
-        return self.predict(x_t, t, self.output(x_t, t, cond))
+        return self.predict(x_t, t, *self.output_and_share(x_t, t, cond))
 
     def output(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """F, what the network says, in float32 also under autocast."""
-        x_in = x_t * per_sample(self.schedule.input_scale(t), x_t)
-        return self.network(x_in, self.schedule.network_time(t), cond).to(x_t.dtype)
+        return self.output_and_share(x_t, t, cond)[0]
 
-    def predict(self, x_t: Tensor, t: Tensor, output: Tensor) -> Prediction:
-        """The pair that an output F stands for."""
-        return Prediction(*self.parameterization.solve(x_t, output, per_sample(t, x_t), self.schedule))
+    def output_and_share(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """F, and v where the model learns a variance, both in float32 also under autocast."""
+        x_in = x_t * per_sample(self.schedule.input_scale(t), x_t)
+        output = self.network(x_in, self.schedule.network_time(t), cond).to(x_t.dtype)
+        if not getattr(self.network, "learned_variance", False):
+            return output, None
+        output, share = output.chunk(2, dim=1)
+        return output, share if isinstance(self.schedule, DiscreteSchedule) else None
+
+    def predict(self, x_t: Tensor, t: Tensor, output: Tensor, share: Tensor | None = None) -> Prediction:
+        """The pair that an output F stands for, with v where there is one."""
+        pair = self.parameterization.solve(x_t, output, per_sample(t, x_t), self.schedule)
+        return Prediction(*pair) if share is None else PredictionWithVariance(*pair, share)
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x_0 + sigma eps at times t (B,)."""
@@ -69,19 +110,30 @@ class Denoiser(nn.Module):
         return self.schedule.alpha(t) * x_0 + self.schedule.sigma(t) * eps
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The weighted squared error of the output, mean over (C, H, W): (B,).
+        """The weighted squared, or absolute, error of the output, mean over (C, H, W): (B,).
 
         A network that learns the uncertainty u of each noise level turns an error e into e / exp(u) + u
         (Karras et al. 2024, eq. 21): all levels then weigh the same, however hard they are.
         """
         target = self.parameterization.output(x_0, eps, per_sample(t, x_0), self.schedule)
-        error = self.output(self.noised(x_0, eps, t), t, cond) - target
-        loss = self.loss_weight(t) * error.square().flatten(1).mean(1)
+        x_t = self.noised(x_0, eps, t)
+        output, share = self.output_and_share(x_t, t, cond)
+        error = output - target
+        distances = error.square() if self.distance == "square" else error.abs()
+        loss = self.loss_weight(t) * distances.flatten(1).mean(1)
+        if share is not None:
+            loss = loss + self.variance_loss(x_0, eps, self.predict(x_t, t, output), share=share, t=t)
         network: Any = self.network
         if not getattr(network, "learns_uncertainty", False):
             return loss
         uncertainty = network.log_variance(self.schedule.network_time(t))
         return loss / uncertainty.exp() + uncertainty
+
+    def variance_loss(self, x_0: Tensor, eps: Tensor, prediction: Prediction, *, share: Tensor, t: Tensor) -> Tensor:
+        """What teaches the variance (B,): bound_weight times the whole bound, of which t is one of the T terms."""
+        assert isinstance(self.schedule, DiscreteSchedule)
+        term = variational_bound(x_0, eps, prediction, share=share, t=t, schedule=self.schedule)
+        return self.bound_weight * self.schedule.num_steps * term
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """The weight (B,) of the squared error of the output, carried over from the space of the weighting."""

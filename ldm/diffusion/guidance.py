@@ -24,9 +24,18 @@ class Guidance:
             (Lin et al. 2024, section 3.4).
         interval: noise levels sigma / alpha, lowest and highest, between which guidance acts; outside it the
             conditional output is used (Kynkäänniemi et al. 2024).
+        channels: how many of the output's channels are guided, from the first; None is all. DiT and SiT guide 3 of 4
+            (Peebles & Xie 2023, appendix A).
     """
 
-    def __init__(self, *, scale: float = 1.0, rescale: float = 0.0, interval: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float = 1.0,
+        rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        channels: int | None = None,
+    ) -> None:
         if interval is not None and len(interval) != 2:
             raise ValueError(f"got guidance.interval={list(interval)}, expected two noise levels, lowest and highest")
         low, high = (0.0, math.inf) if interval is None else interval
@@ -34,7 +43,9 @@ class Guidance:
             raise ValueError(f"got guidance.rescale={rescale}, expected a number from 0 to 1")
         if not 0 <= low < high:
             raise ValueError(f"got guidance.interval=[{low}, {high}], expected 0 <= lowest < highest noise level")
-        self.scale, self.rescale, self.interval = scale, rescale, (low, high)
+        if channels is not None and channels < 1:
+            raise ValueError(f"got guidance.channels={channels}, expected at least 1, or null for all")
+        self.scale, self.rescale, self.interval, self.channels = scale, rescale, (low, high), channels
 
     def __call__(self, denoiser: Denoiser, cond: Conditioning, uncond: Conditioning) -> Denoise:
         """The guided model; both conditions are of the same B samples."""
@@ -44,8 +55,10 @@ class Guidance:
             times = t.to(x_t).expand(len(x_t))
             if not self.acts_at(t, denoiser):
                 return denoiser(x_t, times, cond)
-            output = denoiser.output(x_t.repeat(2, 1, 1, 1), times.repeat(2), both)
-            return denoiser.predict(x_t, times, self.combine(*output.chunk(2)))
+            output, share = denoiser.output_and_share(x_t.repeat(2, 1, 1, 1), times.repeat(2), both)
+            # A variance is that of the conditional model.
+            conditional = None if share is None else share.chunk(2)[0]
+            return denoiser.predict(x_t, times, self.combine(*output.chunk(2)), conditional)
 
         return denoise
 
@@ -57,6 +70,8 @@ class Guidance:
     def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
         """The guided output from the two, each (B, C, H, W)."""
         guided = uncond + self.scale * (cond - uncond)
+        if self.channels is not None:
+            guided = torch.cat([guided[:, : self.channels], cond[:, self.channels :]], dim=1)
         if self.rescale == 0:
             return guided
         # The floor is for outputs of zero, which an untrained network gives.

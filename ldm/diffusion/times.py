@@ -32,7 +32,16 @@ class Uniform(Times):
 
 
 class UniformSteps(Times):
-    """One of the T training steps, as DDPM, LDM and Stable Diffusion train (Ho et al. 2020, algorithm 1)."""
+    """One of the T training steps, as DDPM, LDM and Stable Diffusion train (Ho et al. 2020, algorithm 1).
+
+    Args:
+        num_lowest: of the steps with the least noise so many alone; the refiner of SDXL learns 200 of 1000.
+    """
+
+    def __init__(self, *, num_lowest: int | None = None) -> None:
+        if num_lowest is not None and num_lowest < 1:
+            raise ValueError(f"got times.num_lowest={num_lowest}, expected at least 1, or null for all")
+        self.num_lowest = num_lowest
 
     def check(self, schedule: Schedule) -> None:
         if not isinstance(schedule, DiscreteSchedule):
@@ -40,10 +49,13 @@ class UniformSteps(Times):
                 f"got times uniform_steps with {type(schedule).__name__}, expected a schedule of discrete steps "
                 "(linear, scaled_linear, cosine); set times=uniform"
             )
+        if self.num_lowest is not None and self.num_lowest > schedule.num_steps:
+            raise ValueError(f"got times.num_lowest={self.num_lowest}, expected at most {schedule.num_steps}")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
         assert isinstance(schedule, DiscreteSchedule)
-        index = (u * schedule.num_steps).floor().clamp(max=schedule.num_steps - 1)
+        num = self.num_lowest or schedule.num_steps
+        index = (u * num).floor().clamp(max=num - 1)
         return (index + 1) / schedule.num_steps
 
 

@@ -23,16 +23,17 @@ def unet_geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ValueError: tensors that no U-Net of this family has.
     """
     levels = _levels(state)
-    width = _shape(state, "input_blocks.0.0.weight")[0]
+    width, stem = _shape(state, "time_embed.0.weight")[1], _shape(state, "input_blocks.0.0.weight")[0]
     if any(level.width % width for level in levels):
         raise ValueError(
-            f"got levels of {[level.width for level in levels]} channels after a first convolution to {width}, "
+            f"got levels of {[level.width for level in levels]} channels with a time embedding of {width}, "
             "expected multiples of it; these are not the weights of a U-Net of latent diffusion"
         )
     return {
         "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
         "out_channels": _shape(state, "out.2.weight")[0],
         "model_channels": width,
+        "stem_channels": None if stem == width else stem,
         "channel_mult": [level.width // width for level in levels],
         "num_res_blocks": one_if_equal([level.num_blocks - 1 for level in levels]),
         "attention_resolutions": [2**index for index, level in enumerate(levels) if level.attends],

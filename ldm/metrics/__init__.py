@@ -7,6 +7,7 @@ from ldm.metrics.cmmd import CLIPDiscrepancy
 from ldm.metrics.codebook_usage import CodebookUsage
 from ldm.metrics.density_coverage import DensityCoverage
 from ldm.metrics.digits import DigitReport
+from ldm.metrics.extraction import extract, feed, figures, network_key, network_of, share_networks
 from ldm.metrics.features import ClassifierFeatures, as_seen, describe_network, quantize
 from ldm.metrics.fid import FrechetDistance, frechet_distance
 from ldm.metrics.fid_infinity import FrechetInfinity
@@ -18,6 +19,7 @@ from ldm.metrics.pairwise_diversity import PairwiseDiversity
 from ldm.metrics.perceptual_distance import PerceptualDistance
 from ldm.metrics.precision_recall import PrecisionRecall
 from ldm.metrics.preprocessing import JPEGFeatures
+from ldm.metrics.random_features import RandomFeatures
 from ldm.metrics.reconstruction import ReconstructionQuality
 from ldm.metrics.statistics import Statistics
 from ldm.metrics.vision_features import DINOv2Features, TorchvisionFeatures
@@ -42,12 +44,19 @@ __all__ = [
     "PairwiseDiversity",
     "PerceptualDistance",
     "PrecisionRecall",
+    "RandomFeatures",
     "ReconstructionQuality",
     "Statistics",
     "TorchvisionFeatures",
     "TransformersCLIPFeatures",
     "as_seen",
     "describe_network",
+    "extract",
+    "feed",
+    "figures",
     "frechet_distance",
+    "network_key",
+    "network_of",
     "quantize",
+    "share_networks",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ class ClassAccuracy(Metric):
         classifier: module from images (B, 3, H, W) in [-1, 1] to logits (B, num_features), e.g.
             `TorchvisionFeatures(layer="fc")` or `ClassifierFeatures(..., output="digit")`.
         top_k: guesses that count.
+        column: the label of an evaluation's prompts that names the class.
 
     Raises:
         ValueError: top_k below 1 or above the number of classes; in `update`, a class that there is not.
@@ -28,29 +30,52 @@ class ClassAccuracy(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    network_name = "classifier"
+    uses_real = False
 
     hits: Tensor
     count: Tensor
 
-    def __init__(self, classifier: nn.Module, *, top_k: int = 1) -> None:
+    def __init__(self, classifier: nn.Module, *, top_k: int = 1, column: str = "class_label") -> None:
         super().__init__()
         self.num_classes = num_features_of(classifier)
         if not 1 <= top_k <= self.num_classes:
             raise ValueError(f"got top_k={top_k}, expected 1 to the number of classes, {self.num_classes}")
-        self.classifier, self.top_k = classifier.eval(), top_k
+        self.classifier, self.top_k, self.column = classifier.eval(), top_k, column
         self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Adds images (B, 3, H, W) in [-1, 1] with the classes (B,) that they were asked to be."""
-        if len(images) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+        self.hits += self._hits(self.classifier(as_seen(images)), labels).sum()
+        self.count += len(images)
+
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+        """Adds generated images by their logits (B, num_features) and batch[column], the classes (B,) asked for."""
+        self.hits += self.score(features, batch).long().sum()
+        self.count += len(features)
+
+    def score(self, features: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """1.0 for each image (B,) whose class is among the guesses, else 0.0; arguments as in `see`.
+
+        Raises:
+            ValueError: the batch has no such label.
+        """
+        if self.column not in batch:
             raise ValueError(
-                f"got {len(images)} images with {len(labels)} labels from {int(labels.min())} to {int(labels.max())}, "
+                f"got prompts with the labels {sorted(batch)}, expected {self.column} for the class accuracy; give "
+                "prompts with that column, or set column"
+            )
+        return self._hits(features, torch.as_tensor(batch[self.column])).double()
+
+    def _hits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if len(logits) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"got {len(logits)} images with {len(labels)} labels from {int(labels.min())} to {int(labels.max())}, "
                 f"expected one each from 0 to {self.num_classes - 1}; number classes as the classifier does"
             )
-        guesses = self.classifier(as_seen(images)).topk(self.top_k, dim=1).indices
-        self.hits += (guesses == labels.to(guesses.device)[:, None]).sum()
-        self.count += len(images)
+        guesses = logits.topk(self.top_k, dim=1).indices
+        return (guesses == labels.to(guesses.device)[:, None]).any(dim=1)
 
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol."""

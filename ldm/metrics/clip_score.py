@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class CLIPScore(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    network_name = "clip"
+    uses_real = False
 
     total: Tensor
     count: Tensor
@@ -50,9 +52,19 @@ class CLIPScore(Metric):
         """Adds images (B, 3, H, W) in [-1, 1] with the B prompts that they were made from."""
         if len(images) != len(prompts):
             raise ValueError(f"got {len(images)} images with {len(prompts)} prompts, expected one each")
-        pictures, texts = self.clip.embed_images(as_seen(images)), self.clip.embed_texts(prompts)
-        self.total += (pictures.double() * texts.double()).sum()
-        self.count += len(images)
+        self.see(self.clip.embed_images(as_seen(images)), {"prompt": prompts}, real=False)
+
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+        """Adds generated images by their embeddings (B, D) and batch["prompt"], their B prompts."""
+        self.total += self.score(features, batch).sum() / 100
+        self.count += len(features)
+
+    def score(self, features: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """100 times the cosine of each image (B,), float64; arguments as in `see`."""
+        texts = list(dict.fromkeys(batch["prompt"]))
+        rows = [texts.index(text) for text in batch["prompt"]] if len(texts) < len(features) else range(len(texts))
+        embedded = self.clip.embed_texts(texts)[list(rows)]
+        return 100 * (features.double() * embedded.to(features.device).double()).sum(dim=1)
 
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol."""

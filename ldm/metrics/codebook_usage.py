@@ -26,6 +26,7 @@ class CodebookUsage(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    parts = ("usage", "perplexity")
 
     counts: Tensor
 

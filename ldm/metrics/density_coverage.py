@@ -44,6 +44,10 @@ class DensityCoverage(FeatureBank):
         """What goes into the protocol."""
         return {**super().describe(), "k": self.k}
 
+    def least_images(self) -> tuple[int, str]:
+        """One more than neighbours."""
+        return self.k + 1, f"more than k={self.k}"
+
     def compute(self) -> dict[str, Tensor]:
         """`density` (0 or more) and `coverage` in [0, 1], float64 scalars."""
         generated, real = self.kept("generated"), self.kept("real")

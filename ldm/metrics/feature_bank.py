@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,8 @@ class FeatureBank(Metric):
 
     is_differentiable = False
     full_state_update = False
+    network_name = "features"
+    uses_real = True
 
     generated_features: list[Tensor]
     generated_numbers: list[Tensor]
@@ -52,14 +55,32 @@ class FeatureBank(Metric):
 
     def update(self, images: Tensor, index: Tensor, real: bool) -> None:
         """Adds images (B, 3, H, W) in [-1, 1] with their places (B,) in the real or in the generated set."""
+        self.see(self.features(as_seen(images)), {"index": index}, real=real)
+
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+        """Adds images by their features (B, num_features) and batch["index"], their places (B,) in the set."""
         side: Side = "real" if real else "generated"
-        features, numbers = self._of(side)
-        features.append(self.features(as_seen(images)).float())
-        numbers.append(index.to(images.device, torch.int64))
-        join_tail(features)
+        parts, numbers = self._of(side)
+        parts.append(features.float())
+        numbers.append(batch["index"].to(features.device, torch.int64))
+        join_tail(parts)
         join_tail(numbers)
         if sum(map(len, numbers)) > 2 * self.max_images:
             self._settle(side)
+
+    def check_counts(self, num_generated: int, num_real: int | None) -> None:
+        """Raises ValueError where there will be too few images; None = unknown."""
+        least, setting = self.least_images()
+        for side, count in (("generated", num_generated), ("real", num_real)):
+            if count is not None and count < least:
+                raise ValueError(
+                    f"got {count} {side} images for {type(self).__name__}, expected at least {least} ({setting}); give "
+                    "more images, or change that"
+                )
+
+    def least_images(self) -> tuple[int, str]:
+        """How many images a side takes at least, and why."""
+        return 2, "two make a distance"
 
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol: the feature network and what is kept."""

@@ -63,6 +63,10 @@ class ClassifierFeatures(nn.Module):
         self.output = output
         self.num_features = num_features
 
+    def describe(self) -> dict[str, Any]:
+        """What goes into the protocol: the classifier and which of its outputs."""
+        return {**describe_network(self.classifier), "output": self.output}
+
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, H, W) in [-1, 1]."""
         features: Tensor = getattr(self.classifier(images), self.output)

@@ -40,6 +40,8 @@ class FrechetDistance(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    network_name = "features"
+    uses_real = True
 
     sums: Tensor
     outers: Tensor
@@ -57,11 +59,26 @@ class FrechetDistance(Metric):
 
     def update(self, images: Tensor, real: bool) -> None:
         """Adds images (B, 3, H, W) in [-1, 1] to the real or to the generated set."""
+        self.see(self.features(as_seen(images)), {}, real=real)
+
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+        """Adds images by their features (B, num_features); nothing else of the batch matters."""
         refuse_real_beside(self.reference, real)
-        features = self.features(as_seen(images)).double()
-        self.sums[int(real)] += features.sum(dim=0)
-        self.outers[int(real)] += features.T @ features
-        self.counts[int(real)] += len(features)
+        wide = features.double()
+        self.sums[int(real)] += wide.sum(dim=0)
+        self.outers[int(real)] += wide.T @ wide
+        self.counts[int(real)] += len(wide)
+
+    def check_counts(self, num_generated: int, num_real: int | None) -> None:
+        """Raises ValueError below two images, and warns where there will be fewer than dimensions; None = unknown."""
+        for side, count in (("generated", num_generated), ("real", num_real)):
+            if count is not None and count < 2:
+                raise ValueError(f"got {count} {side} images, expected at least 2 for a covariance; give more images")
+        warn_of_few(num_generated, num_real, num_features_of(self.features))
+
+    def refer_to(self, statistics: Statistics | Path | str) -> None:
+        """Takes statistics, or a file of them, in the place of real images, as the argument `reference` does."""
+        self.reference = open_reference(statistics, self.features)
 
     def reset_generated(self) -> None:
         """Forgets the generated images and keeps the real ones, which do not change from one evaluation to the next."""
@@ -139,15 +156,19 @@ def describe_reference(reference: Statistics | None) -> dict[str, Any]:
 
 def distance_between(generated: Statistics, real: Statistics) -> Tensor:
     """The distance, float64; warns where either set has fewer images than dimensions."""
-    size = len(generated.mean)
-    if min(count for count in (generated.count, real.count, size) if count is not None) < size:
-        warnings.warn(
-            f"Fréchet distance of {generated.count} generated and {real.count} real images in "
-            f"{size} dimensions: with fewer images than dimensions the value is biased upwards",
-            stacklevel=2,
-        )
+    warn_of_few(generated.count, real.count, len(generated.mean))
     device = generated.mean.device
     return frechet_distance(generated.mean, generated.covariance, real.mean.to(device), real.covariance.to(device))
+
+
+def warn_of_few(num_generated: int | None, num_real: int | None, size: int) -> None:
+    """Warns of fewer images than dimensions on either side; None = unknown."""
+    if min(count for count in (num_generated, num_real, size) if count is not None) < size:
+        warnings.warn(
+            f"Fréchet distance of {num_generated} generated and {num_real} real images in "
+            f"{size} dimensions: with fewer images than dimensions the value is biased upwards",
+            stacklevel=3,
+        )
 
 
 def gaussian(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

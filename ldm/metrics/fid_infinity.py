@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ class FrechetInfinity(FeatureBank):
         refuse_real_beside(self.reference, real)
         super().update(images, index, real)
 
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+        """As in `FeatureBank`."""
+        refuse_real_beside(self.reference, real)
+        super().see(features, batch, real=real)
+
+    def refer_to(self, statistics: Statistics | Path | str) -> None:
+        """Takes statistics, or a file of them, in the place of real images, as the argument `reference` does."""
+        self.reference = open_reference(statistics, self.features)
+
+    def check_counts(self, num_generated: int, num_real: int | None) -> None:
+        """Raises ValueError where there will be no more generated images than the smallest subset."""
+        self._check_generated(num_generated)
+
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol."""
         points = {"num_points": self.num_points, "smallest": self.smallest}
@@ -65,11 +79,7 @@ class FrechetInfinity(FeatureBank):
     def compute(self) -> Tensor:
         """The extrapolated distance, a float64 scalar, which noise may bring below zero."""
         generated = self.kept("generated")
-        if len(generated) <= self.smallest:
-            raise ValueError(
-                f"got {len(generated)} generated images, expected more than smallest={self.smallest}; give more "
-                "images or a lower smallest"
-            )
+        self._check_generated(len(generated))
         real = self.reference or Statistics.of(self.kept("real"))
         generator = torch.Generator().manual_seed(self.seed)
         sizes = torch.linspace(self.smallest, len(generated), self.num_points, dtype=torch.float64).long()
@@ -86,6 +96,13 @@ class FrechetInfinity(FeatureBank):
                 chosen = subset(len(generated), size, generator).to(generated.device)
                 distances.append(distance_between(Statistics.of(generated[chosen]), real))
         return intercept(1 / sizes.to(generated.device).double(), torch.stack(distances))
+
+    def _check_generated(self, count: int) -> None:
+        if count <= self.smallest:
+            raise ValueError(
+                f"got {count} generated images, expected more than smallest={self.smallest}; give more images or a "
+                "lower smallest"
+            )
 
 
 def intercept(x: Tensor, y: Tensor) -> Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.metrics.features import quantize
 from ldm.metrics.preprocessing import resizer
-from ldm.metrics.weights import find_weights, sha256_of, torch_hub_file
+from ldm.metrics.weights import find_weights, read_weights, sha256_of, torch_hub_file
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 SOURCE = (
     f"{FILES[0]} (release fid_weights of github.com/mseitzer/pytorch-fid) or "
     f"{FILES[1]} (release v0.2.0 of github.com/toshas/torch-fidelity)"
 )
+OPTION = "weights_path (inception_weights=FILE on the command line)"
 INPUT_SIZE = 299
 # The spatial features of sFID: the first seven channels of one branch, 17 x 17.
 SPATIAL_CHANNELS = 7
@@ -67,7 +68,12 @@ class InceptionFeatures(nn.Module):
         self.resizer = resizer(resize)
         path = find_inception_weights(weights_path)
         # torch-fidelity unpickles whatever it is given; this read refuses anything but tensors before it may.
-        torch.load(path, map_location="cpu", weights_only=True)
+        given = read_weights(path).keys()
+        if missing := sorted({"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.conv.weight", "fc.weight"} - given):
+            raise ValueError(
+                f"got weights in {path} without {', '.join(missing)}, expected those of {SOURCE}; give the file as "
+                f"{OPTION}"
+            )
         self.network = _inception(path)
         self.num_features = OUTPUTS[output]
         # Where ADM's reference files keep the statistics of these features.
@@ -87,16 +93,29 @@ class InceptionFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, num_features) of images (B, 3, H, W) in [-1, 1], of any size."""
+        return self.several(images, [self.output])[0]
+
+    @property
+    def trunk(self) -> str:
+        """The same for networks that differ in their output alone, so that one pass serves them all."""
+        return f"{self.sha256} {self.resize}"
+
+    def several(self, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+        """Several outputs of images (B, 3, H, W) in [-1, 1] in one pass, each (B, its size)."""
         x = self.resizer(quantize(images).float(), INPUT_SIZE)
         # By 128, not 127.5: so does the graph.
         x = (x - 128) / 128
+        found: dict[str, Tensor] = {}
         for output, stages in STAGES.items():
             for stage in stages:
                 x = getattr(self.network, stage)(x)
-            if output == self.output:
-                return self._spatial(x) if output == "spatial" else x.mean((2, 3))
-        logits = x.mean((2, 3)) @ self.network.fc.weight.T
-        return logits if self.output == "logits_unbiased" else logits + self.network.fc.bias
+            if output in outputs:
+                found[output] = self._spatial(x) if output == "spatial" else x.mean((2, 3))
+            if found.keys() == set(outputs):
+                return [found[name] for name in outputs]
+        found["logits_unbiased"] = x.mean((2, 3)) @ self.network.fc.weight.T
+        found["logits"] = found["logits_unbiased"] + self.network.fc.bias
+        return [found[name] for name in outputs]
 
     def _spatial(self, x: Tensor) -> Tensor:
         return rearrange(self.network.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)")
@@ -115,4 +134,4 @@ def _inception(path: Path) -> Any:
 def find_inception_weights(weights_path: Path | str | None) -> Path:
     """The file at `weights_path`, or, when None, in torch.hub's cache; raises FileNotFoundError otherwise."""
     cached = [torch_hub_file(name) for name in FILES]
-    return find_weights(weights_path, cached=cached, what="Inception", source=SOURCE, option="weights_path")
+    return find_weights(weights_path, cached=cached, what="Inception", source=SOURCE, option=OPTION)

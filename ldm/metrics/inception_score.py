@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class InceptionScore(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    network_name = "features"
+    uses_real = False
+    parts = ("mean", "std")
 
     probabilities: Tensor
     negative_entropies: Tensor
@@ -50,8 +54,12 @@ class InceptionScore(Metric):
 
     def update(self, images: Tensor, index: Tensor) -> None:
         """Adds images (B, 3, H, W) in [-1, 1] with their places (B,) in the evaluated set."""
-        probabilities = self.features(as_seen(images)).double().softmax(dim=1)
-        split = index.to(probabilities.device) % self.splits
+        self.see(self.features(as_seen(images)), {"index": index}, real=False)
+
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+        """Adds generated images by their logits (B, num_features) and batch["index"], their places (B,) in the set."""
+        probabilities = features.double().softmax(dim=1)
+        split = batch["index"].to(probabilities.device) % self.splits
         negative_entropies = torch.special.xlogy(probabilities, probabilities).sum(dim=1)
         self.probabilities.index_add_(0, split, probabilities)
         self.negative_entropies.index_add_(0, split, negative_entropies)

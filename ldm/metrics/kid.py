@@ -49,6 +49,10 @@ class KernelDistance(FeatureBank):
         """What goes into the protocol."""
         return {**super().describe(), "num_subsets": self.num_subsets, "subset_size": self.subset_size}
 
+    def least_images(self) -> tuple[int, str]:
+        """A subset's."""
+        return self.subset_size, f"subset_size={self.subset_size}"
+
     def compute(self) -> dict[str, Tensor]:
         """`kid`, the mean over subsets; `kid_std`, their standard deviation (population), as published beside it;
         `kid_low` and `kid_high`, between which 95 % of them lie. float64 scalars.

@@ -27,6 +27,7 @@ class PairwiseDiversity(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    takes = "prompts"
 
     total: Tensor
     count: Tensor

@@ -47,12 +47,25 @@ def hugging_face_file(repository: str, name: str) -> list[Path]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or a torch file, which may hold nothing but tensors."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """Tensors by name from a .safetensors file or a torch file, which may hold nothing but tensors.
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch, pickle, zipfile and safetensors raise for damaged files has no common name
+        raise ValueError(
+            f"got {path}, which is no file of weights alone ({type(error).__name__}), expected tensors by name; fetch "
+            "it again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"got {path} with a {type(found).__name__}, expected tensors by name; give another file")
+    return found
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, *, option: str) -> None:

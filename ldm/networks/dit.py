@@ -38,8 +38,8 @@ class DiT(nn.Module):
         vector_dim: width of a real `cond.vector` (B, vector_dim), taken in by two layers.
         context_dim: width D of `cond.context` (B, L, D), which every block looks at under `cond.mask` (B, L) between
             self-attention and feed-forward, without normalisation (Chen et al. 2024, PixArt-alpha).
-        learned_variance: the last layer makes out_channels more, which say the variance of a reverse step (Nichol and
-            Dhariwal 2021); `forward_with_variance` gives them, `forward` does not.
+        learned_variance: out_channels more come after them, which say the variance of a reverse step (Nichol and
+            Dhariwal 2021).
         checkpoint_blocks: recompute every block in the backward pass, to save memory.
 
     Raises:
@@ -70,7 +70,6 @@ class DiT(nn.Module):
         super().__init__()
         self.accepted = AcceptedConditions(context_dim, num_classes, vector_dim)
         self.in_channels = in_channels
-        self.out_channels = out_channels
         self.patch_size = patch_size
         self.width = width
         self.learned_variance = learned_variance
@@ -87,21 +86,7 @@ class DiT(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Map x (B, C, H, W) at network times t (B,) under cond to (B, out_channels, H, W)."""
-        return self._all_channels(x, t, cond)[:, : self.out_channels]
-
-    def forward_with_variance(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """What `forward` gives, and as many channels that say the variance.
-
-        Raises:
-            ValueError: the network was built without learned_variance.
-        """
-        if not self.learned_variance:
-            raise ValueError("got a network without a variance, expected one; set learned_variance=true")
-        mean, variance = self._all_channels(x, t, cond).chunk(2, dim=1)
-        return mean, variance
-
-    def _all_channels(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Map x (B, C, H, W) at network times t (B,) under cond to (B, out_channels, H, W), or twice as many."""
         self.accepted.check(cond)
         x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.patch_size)
         rows, columns = (size // self.patch_size for size in x.shape[-2:])

@@ -31,6 +31,8 @@ class MMDiT(nn.Module):
         max_positions: patches along a side of the largest grid; smaller images take positions from its middle.
         base_positions: the grid is squeezed to the extent of that many patches; None leaves it as it is.
         qk_norm: normalise queries and keys (Stable Diffusion 3.5).
+        self_attention_blocks: in so many blocks, from the first, the image attends to itself too, beside the joint
+            attention (Stable Diffusion 3.5 medium, "MMDiT-X").
         checkpoint_blocks: recompute every block in the backward pass, to save memory.
 
     Raises:
@@ -57,9 +59,12 @@ class MMDiT(nn.Module):
         max_positions: int,
         base_positions: int | None = None,
         qk_norm: bool = False,
+        self_attention_blocks: int = 0,
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= self_attention_blocks <= depth:
+            raise ValueError(f"got self_attention_blocks {self_attention_blocks}, expected 0 to the depth, {depth}")
         self.accepted = AcceptedConditions(context_dim, None, vector_dim)
         self.in_channels = in_channels
         self.patch_size = patch_size
@@ -72,7 +77,13 @@ class MMDiT(nn.Module):
         self.y_embedder = VectorEmbedder(vector_dim, width)
         self.context_embedder = nn.Linear(context_dim, width)
         self.joint_blocks = nn.ModuleList(
-            JointBlock(width, num_heads=num_heads, qk_norm=qk_norm, text_ends=index == depth - 1)
+            JointBlock(
+                width,
+                num_heads=num_heads,
+                qk_norm=qk_norm,
+                text_ends=index == depth - 1,
+                self_attention=index < self_attention_blocks,
+            )
             for index in range(depth)
         )
         self.final_layer = ModulatedHead(width, patch_size**2 * out_channels)
@@ -104,14 +115,24 @@ class JointBlock(nn.Module):
     """One block of two streams: image (B, N, width) and text (B, L, width) under a vector (B, width).
 
     In the last block (`text_ends`) the image looks at the text once more and nothing becomes of the text itself.
+    With `self_attention` the image looks at itself alone as well.
     """
 
-    def __init__(self, width: int, *, num_heads: int, qk_norm: bool = False, text_ends: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        qk_norm: bool = False,
+        text_ends: bool = False,
+        self_attention: bool = False,
+    ) -> None:
         super().__init__()
         self.text_ends = text_ends
         make_text_stream = TellingStream if text_ends else Stream
         self.context_block: Stream | TellingStream = make_text_stream(width, num_heads=num_heads, qk_norm=qk_norm)
-        self.x_block = Stream(width, num_heads=num_heads, qk_norm=qk_norm)
+        make_image_stream = DualStream if self_attention else Stream
+        self.x_block = make_image_stream(width, num_heads=num_heads, qk_norm=qk_norm)
 
     def forward(
         self, image: Tensor, text: Tensor, vector: Tensor, visible: Tensor | None = None
@@ -149,6 +170,30 @@ class Stream(nn.Module):
         """The tokens (B, N, width) with what attention found, (B, heads, N, width / heads), and the feed-forward."""
         gate, shift, scale, mlp_gate = modulation
         tokens = tokens + gate[:, None] * self.attn.merged(found)
+        return tokens + mlp_gate[:, None] * self.mlp(modulate(self.norm2(tokens), shift, scale))
+
+
+class DualStream(Stream):
+    """A stream that attends among its own tokens beside what happens outside, under a modulation of its own."""
+
+    def __init__(self, width: int, *, num_heads: int, qk_norm: bool) -> None:
+        super().__init__(width, num_heads=num_heads, qk_norm=qk_norm)
+        self.attn2 = SelfAttention(width, num_heads=num_heads, qk_norm=qk_norm)
+        self.adaLN_modulation = Modulation(width, 9)
+
+    def before_attention(
+        self, tokens: Tensor, vector: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """As in `Stream`; what the tokens find among themselves goes with the modulation that is left."""
+        shift, scale, *rest, own_shift, own_scale, own_gate = self.adaLN_modulation(vector)
+        normalised = self.norm1(tokens)
+        own = own_gate[:, None] * self.attn2(modulate(normalised, own_shift, own_scale))
+        return self.attn.heads(modulate(normalised, shift, scale)), (*rest, own)
+
+    def after_attention(self, tokens: Tensor, found: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """As in `Stream`, with what the tokens found among themselves."""
+        gate, shift, scale, mlp_gate, own = modulation
+        tokens = tokens + gate[:, None] * self.attn.merged(found) + own
         return tokens + mlp_gate[:, None] * self.mlp(modulate(self.norm2(tokens), shift, scale))
 
 

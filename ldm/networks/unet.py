@@ -20,7 +20,9 @@ class UNet(nn.Module):
     Args:
         in_channels: channels of x and, after them, of `cond.concat`.
         out_channels: channels of the output.
-        model_channels: width of the first level; `channel_mult` holds each level's multiple of it.
+        model_channels: `channel_mult` holds each level's width as a multiple of it; 0.5 is half (ADM at 512x512).
+            It is the width of the time embedding too.
+        stem_channels: width of the first convolution; None is model_channels.
         num_res_blocks: residual blocks a level on the way down (or one number a level); the way up has one more.
         attention_resolutions: downsampling factors, not pixel sizes, of the levels that attend: 2 is half resolution.
             The middle always attends.
@@ -54,9 +56,10 @@ class UNet(nn.Module):
         out_channels: int,
         *,
         model_channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         num_res_blocks: int | Sequence[int],
         attention_resolutions: Sequence[int],
+        stem_channels: int | None = None,
         num_heads: int | None = None,
         num_head_channels: int | None = None,
         context_dim: int | None = None,
@@ -85,7 +88,7 @@ class UNet(nn.Module):
             norm_groups=norm_groups,
         )
         layers = UNetLayers(
-            widths=[model_channels * mult for mult in channel_mult],
+            widths=[int(model_channels * mult) for mult in channel_mult],
             num_res_blocks=per_level("num_res_blocks", num_res_blocks, levels),
             attends=[2**level in attention_resolutions for level in range(levels)],
             attention=attention,
@@ -102,7 +105,7 @@ class UNet(nn.Module):
         self.accepted = AcceptedConditions(context_dim, num_classes, vector_dim)
         self.time_embed = _two_layers(model_channels, 4 * model_channels)
         self.label_emb = _label_embedding(num_classes, vector_dim, 4 * model_channels)
-        self.input_blocks, skips = layers.encoder(in_channels, model_channels)
+        self.input_blocks, skips = layers.encoder(in_channels, stem_channels or model_channels)
         self.middle_block = layers.middle()
         self.output_blocks = layers.decoder(skips)
         self.out = layers.head(out_channels)

@@ -13,6 +13,8 @@
 | DPMSolverPPSDE | 2 | eta = 0: 2 | | two draws a step |
 | DPMSolverPP2MSDE, DPMSolverPP3MSDE | 1 | eta = 0: 2 | yes | each step |
 | LCM | 1 | | | each step but the last |
+| EulerMaruyama | 1 | noise = 0: 1 | | each step |
+| Churn | its sampler's | its sampler's | | each step in its range |
 | Restart | its sampler's, and its intervals' | its sampler's | | each restart |
 
 The order is that of one step from exact answers, to the flow. A run starts with lower orders, which leaves high ones
@@ -20,6 +22,7 @@ second order in the limit; on smooth times the higher order shows over the numbe
 """
 
 from ldm.samplers.base import Evaluation, Noise, Process, Sampler, State
+from ldm.samplers.churn import Churn
 from ldm.samplers.ddim import DDIM
 from ldm.samplers.ddpm import DDPM
 from ldm.samplers.discretizations import (
@@ -34,6 +37,7 @@ from ldm.samplers.discretizations import (
 from ldm.samplers.dpmpp import DPMSolverPP2M, DPMSolverPP2S
 from ldm.samplers.dpmpp_sde import DPMSolverPP2MSDE, DPMSolverPP3MSDE, DPMSolverPPSDE
 from ldm.samplers.euler import Euler, EulerAncestral
+from ldm.samplers.euler_maruyama import EulerMaruyama
 from ldm.samplers.heun import Heun
 from ldm.samplers.kdpm2 import KDPM2
 from ldm.samplers.lcm import LCM
@@ -52,6 +56,7 @@ __all__ = [
     "PLMS",
     "AlignYourSteps",
     "Beta",
+    "Churn",
     "CompVis",
     "DPMSolverPP2M",
     "DPMSolverPP2MSDE",
@@ -62,6 +67,7 @@ __all__ = [
     "DistilledSteps",
     "Euler",
     "EulerAncestral",
+    "EulerMaruyama",
     "Evaluation",
     "Exponential",
     "Heun",

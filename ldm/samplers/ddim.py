@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.diffusion.variance import posterior_variance
 from ldm.samplers.base import Process, Sampler
 
 
@@ -23,14 +24,7 @@ class DDIM(Sampler):
         x_0, eps = prediction = process.evaluate(x, t)
         if self.eta == 0:
             return process.transfer(prediction, s)
-        variance = self.eta**2 * posterior_variance(process, t, s)
+        variance = self.eta**2 * posterior_variance(process.schedule, t, s)
         sigma = process.schedule.sigma(s)
         direction = (sigma**2 - variance).clamp_min(0).sqrt()
         return process.schedule.alpha(s) * x_0 + direction * eps + variance.sqrt() * process.noise()
-
-
-def posterior_variance(process: Process, t: Tensor, s: Tensor) -> Tensor:
-    """The variance of q(x_s | x_t, x_0): sigma_s^2 (1 - (alpha_t sigma_s / alpha_s sigma_t)^2)."""
-    alpha, sigma = process.schedule.alpha, process.schedule.sigma
-    kept = (alpha(t) * sigma(s)) / (alpha(s) * sigma(t))
-    return sigma(s) ** 2 * (1 - kept**2)

@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from ldm.diffusion import Prediction, PredictionWithVariance
+from ldm.diffusion.variance import between, large_variance, posterior_variance
 from ldm.samplers.base import Process, Sampler
-from ldm.samplers.ddim import posterior_variance
 
 
 class DDPM(Sampler):
@@ -15,27 +16,43 @@ class DDPM(Sampler):
 
     Args:
         variance: "small" is that of q(x_s | x_t, x_0), optimal for a point of data; "large" is optimal for unit normal
-            data, on variance-preserving schedules that of q(x_t | x_s) (their section 3.2).
+            data, on variance-preserving schedules that of q(x_t | x_s) (their section 3.2); "learned" is what the
+            network says between the two (Nichol & Dhariwal 2021, eq. 15), as DiT and ADM sample.
+        clip: x_0 is believed to lie in [-clip, clip], as pixels do in [-1, 1]; None believes anything.
+
+    Raises:
+        ValueError: another word, a clip that is not positive; in `step`, "learned" with a model without a variance.
     """
 
-    def __init__(self, *, variance: Literal["small", "large"] = "small") -> None:
-        if variance not in ("small", "large"):
-            raise ValueError(f"got sampler.variance={variance}, expected small or large")
-        self.variance = variance
+    def __init__(self, *, variance: Literal["small", "large", "learned"] = "small", clip: float | None = None) -> None:
+        if variance not in ("small", "large", "learned"):
+            raise ValueError(f"got sampler.variance={variance}, expected small, large or learned")
+        if clip is not None and clip <= 0:
+            raise ValueError(f"got sampler.clip={clip}, expected a positive number, or null")
+        self.variance, self.clip = variance, clip
 
     def step(self, process: Process, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        x_0, eps = process.evaluate(x, t)
+        prediction = process.evaluate(x, t)
+        x_0, eps = prediction
         alpha, sigma = process.schedule.alpha, process.schedule.sigma
-        small = posterior_variance(process, t, s)
+        if self.clip is not None:
+            x_0 = x_0.clamp(-self.clip, self.clip)
+            eps = (x - alpha(t) * x_0) / sigma(t)
+        small = posterior_variance(process.schedule, t, s)
         mean = alpha(s) * x_0 + (sigma(s) ** 2 - small).clamp_min(0).sqrt() * eps
         if sigma(s) == 0:
             return mean
-        variance = small if self.variance == "small" else large_variance(process, t, s)
+        variance = self._variance(prediction, small, large_variance(process.schedule, t, s))
         return mean + variance.sqrt() * process.noise()
 
-
-def large_variance(process: Process, t: Tensor, s: Tensor) -> Tensor:
-    """The variance of p(x_s | x_t) for unit normal data: that of q(x_t | x_s) times var(x_s) / var(x_t)."""
-    alpha, sigma = process.schedule.alpha, process.schedule.sigma
-    forward = sigma(t) ** 2 - (alpha(t) / alpha(s) * sigma(s)) ** 2
-    return forward * (alpha(s) ** 2 + sigma(s) ** 2) / (alpha(t) ** 2 + sigma(t) ** 2)
+    def _variance(self, prediction: Prediction, small: Tensor, large: Tensor) -> Tensor:
+        if self.variance == "small":
+            return small
+        if self.variance == "large":
+            return large
+        if not isinstance(prediction, PredictionWithVariance):
+            raise ValueError(
+                "got sampler.variance=learned with a model that learned none, expected a network with "
+                "learned_variance=true on a schedule of training steps; set sampler.variance=small"
+            )
+        return between(prediction.share, small, large)

@@ -103,9 +103,9 @@ class Restart(Sampler):
         return x
 
 
-def renoised(process: Process, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """x_t from x_s for t > s: the forward process."""
+def renoised(process: Process, x: Tensor, s: Tensor, t: Tensor, *, std: float = 1.0) -> Tensor:
+    """x_t from x_s for t > s: the forward process, with noise of a standard deviation."""
     alpha, sigma = process.schedule.alpha, process.schedule.sigma
     s, t = s.double(), t.double()
     kept = alpha(t) / alpha(s)
-    return kept * x + (sigma(t) ** 2 - (kept * sigma(s)) ** 2).sqrt() * process.noise()
+    return kept * x + std * (sigma(t) ** 2 - (kept * sigma(s)) ** 2).sqrt() * process.noise()

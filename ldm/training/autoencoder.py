@@ -82,6 +82,16 @@ class AutoencoderModule(pl.LightningModule):
         )
         self.num_steps = 0
 
+    def on_fit_start(self) -> None:
+        """Refuses pictures of a size that the autoencoder does not divide."""
+        size = getattr(self.trainer.datamodule, "resolution", None)  # type: ignore[attr-defined]
+        unit = self.autoencoder.downsampling_factor
+        if size is not None and size % unit:
+            raise ValueError(
+                f"got data.resolution={size}, expected a multiple of {unit}, which the autoencoder divides by; "
+                f"set data.resolution={max(unit, round(size / unit) * unit)}"
+            )
+
     @property
     def adversary_is_active(self) -> bool:
         """Whether the discriminator takes part in this step."""

@@ -18,6 +18,7 @@ from ldm.training.checkpoint_files import (
     is_valid,
     local_path,
     manifest_or_none,
+    quarantine,
     temporary_beside,
     url_to_fs,
     verify,
@@ -25,6 +26,8 @@ from ldm.training.checkpoint_files import (
 
 # So many valid checkpoints stay, whatever is removed.
 SPARE = 2
+# The manifest of a damaged checkpoint in a remote store.
+SET_ASIDE = "manifest.corrupt.json"
 
 
 def find(folder: Place) -> list[Place]:
@@ -82,10 +85,29 @@ def prune(folder: Place, *, keep: int, valid: Callable[[Place], bool] = is_valid
     return [place for place in reversed(find(folder)[keep:]) if remove(place, valid=valid)]
 
 
+def set_aside(place: Place) -> str:
+    """Keeps a damaged checkpoint where `find` does not; returns its new name.
+
+    Nothing can be renamed in a remote store: there its manifest, the mark of a checkpoint, gets another name.
+    """
+    path = local_path(place)
+    if path is not None:
+        return quarantine(path).name
+    fs, root = url_to_fs(str(place))
+    if fs.isfile(root):
+        fs.mv(root, f"{root}.corrupt")
+        return f"{root.rpartition('/')[2]}.corrupt"
+    fs.pipe_file(f"{root}/{SET_ASIDE}", fs.cat_file(f"{root}/{MANIFEST}"))
+    fs.rm_file(f"{root}/{MANIFEST}")
+    return f"{root.rpartition('/')[2]}/{SET_ASIDE}"
+
+
 def sweep(folder: Place) -> list[str]:
-    """Removes what killed processes left half done in a local folder that nobody writes to; returns the names."""
+    """Removes what killed processes left half done in a folder that nobody writes to; returns the names."""
     path = local_path(folder)
-    if path is None or not path.is_dir():
+    if path is None:
+        return _sweep_remote(folder)
+    if not path.is_dir():
         return []
     stale = [entry for entry in path.iterdir() if entry.name.startswith(".") and entry.name.endswith(".tmp")]
     for entry in stale:
@@ -95,6 +117,25 @@ def sweep(folder: Place) -> list[str]:
         if manifest is not None:
             stale += [checkpoint / name for name in drop_unlisted(checkpoint, manifest)]
     return [entry.relative_to(path).as_posix() for entry in stale]
+
+
+def _sweep_remote(folder: Place) -> list[str]:
+    """Removes uploads whose manifest never came, and files that no manifest names."""
+    fs, root = url_to_fs(str(folder))
+    if not fs.isdir(root):
+        return []
+    stale = []
+    for name in (found.rstrip("/") for found in fs.ls(root, detail=False, refresh=True)):
+        if not name.endswith(".ckpt") or not fs.isdir(name) or fs.isfile(f"{name}/{SET_ASIDE}"):
+            continue
+        place, short = fs.unstrip_protocol(name), name.rpartition("/")[2]
+        if fs.isfile(f"{name}/{MANIFEST}"):
+            manifest = manifest_or_none(place)
+            stale += [f"{short}/{lost}" for lost in drop_unlisted(place, manifest)] if manifest else []
+        else:
+            fs.rm(name, recursive=True)
+            stale.append(short)
+    return stale
 
 
 def check_space(place: Place, needed: int) -> None:
@@ -123,6 +164,7 @@ def check_writable(folder: Place) -> None:
     """
     path = local_path(folder)
     if path is None:
+        _check_remote(folder)
         return
     probe = path / f".probe.{os.getpid()}.tmp"
     try:
@@ -133,6 +175,19 @@ def check_writable(folder: Place) -> None:
         raise StorageError(
             f"{folder}: got {error.strerror or error}, expected a folder that checkpoints can be written to; set "
             "callback.checkpoint.folder"
+        ) from error
+
+
+def _check_remote(folder: Place) -> None:
+    fs, root = url_to_fs(str(folder))
+    probe = f"{root}/.probe.{os.getpid()}.tmp"
+    try:
+        fs.pipe_file(probe, b"0")
+        fs.rm_file(probe)
+    except Exception as error:  # each store has errors of its own
+        raise StorageError(
+            f"{folder}: got {type(error).__name__}: {' '.join(str(error).split())}, expected a place that checkpoints "
+            "can be uploaded to; see to its credentials, or set callback.checkpoint.folder"
         ) from error
 
 

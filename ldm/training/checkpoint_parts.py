@@ -12,6 +12,8 @@ import copy
 import hashlib
 import io
 import json
+import pickle
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, BinaryIO
@@ -232,8 +234,16 @@ def _read_config(place: Place) -> dict[str, Any]:
 
 def _load(place: Place, map_location: Any) -> dict[str, Any]:
     fs, root = url_to_fs(str(place))
-    with fs.open(root, "rb") as file:
-        return torch.load(file, map_location=map_location, weights_only=True)
+    try:
+        with fs.open(root, "rb") as file:
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a pickle that asks for {asked[1]}" if asked else "a file that is no pickle of tensors"
+        raise ValueError(
+            f"checkpoint: got {place}, {what}, expected tensors and plain values; nothing of it was run; resume from a "
+            "checkpoint that `ldm train` wrote"
+        ) from None
 
 
 def _write(file: BinaryIO, data: bytes) -> None:

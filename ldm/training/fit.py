@@ -7,6 +7,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -14,9 +15,16 @@ import torch.distributed as dist
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from ldm.training.callbacks.preemption import StopOnSignal, Stopped
+from ldm.training.callbacks.seed_every_batch import SeedEveryBatch
 from ldm.training.callbacks.spike_guard import Diverged, RolledBack
+from ldm.training.callbacks.unfinished_step import UnfinishedStep
+from ldm.training.callbacks.watchdog import Watchdog
+from ldm.training.callbacks.what_changed import WhatChanged
 from ldm.training.checkpoint_files import Place, StorageError
+from ldm.training.honesty import RanksDisagree
 from ldm.training.loggers import outlive, outliving
+from ldm.training.memory import OutOfMemory, is_out_of_memory
+from ldm.training.ranks import meet_anew
 
 
 class SetupError(Exception):
@@ -86,18 +94,28 @@ def fit(
     Raises:
         Preempted: a signal other than Ctrl-C's stopped it.
         Diverged: `SpikeGuard` gave up.
+        RanksDisagree: `SelfCheck` found that the ranks do not hold or read what they should.
         StorageError: checkpoints cannot be written.
+        OutOfMemory: on a device, or on the host.
         SetupError: something was wrong before the first step.
+        OtherRankFailed: a `Watchdog` found that another rank failed, which says so itself.
     """
-    _quieten()
+    quieten()
+    meet_anew()
     stop = next((one for one in callbacks if isinstance(one, StopOnSignal)), None) or StopOnSignal()
-    others = [one for one in callbacks if one is not stop]
+    watchdog = next((one for one in callbacks if isinstance(one, Watchdog)), None)
+    # First, so that the other ranks learn of an error before anything else is done about it.
+    others = [*([watchdog] if watchdog else []), *(one for one in callbacks if one not in (stop, watchdog))]
     goes_on = checkpoint is not None
     outlive(loggers, begun=lambda: stop.began or goes_on)
-    with stop:
+    with stop, watchdog.watching() if watchdog else nullcontext():
         try:
             while True:
-                trainer = make_trainer(callbacks=[*others, ConfigInCheckpoint(config), stop], logger=list(loggers))
+                own: list[pl.Callback] = [ConfigInCheckpoint(config), SeedEveryBatch(config.get("seed") or 0)]
+                own += [WhatChanged(), UnfinishedStep(loggers)]
+                trainer = make_trainer(callbacks=[*others, *own, stop], logger=list(loggers))
+                if watchdog:
+                    watchdog.follow(trainer)
                 back = _fit_once(trainer, model, data, checkpoint)
                 if back is None:
                     return True
@@ -111,9 +129,11 @@ def fit(
             # How Lightning ends on a KeyboardInterrupt: here, the second signal.
             if not stop.asked:
                 raise
-        except (Diverged, StorageError):
+        except (Diverged, RanksDisagree, StorageError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(f"out of memory at step {model.global_step}: {error}".splitlines()[0]) from error
             if stop.began:
                 raise
             raise SetupError(str(error)) from error
@@ -152,7 +172,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Hides what Lightning says about every run and nobody acts on."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from ldm.nn.weights import save_weights
 from ldm.training.compilation import Compilation, use_float8
 from ldm.training.ema import EMA
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
-from ldm.training.randomness import draw
+from ldm.training.nonleaking import NonLeakingAugmentation
+from ldm.training.precomputed import check_text, keep_text_files
+from ldm.training.randomness import draw, normal, uniform
 from ldm.training.sharding import shard, shard_whole, whole_state
 
 VALIDATION_SEED = 2**31 - 1
@@ -53,6 +56,7 @@ class LatentDiffusionModule(pl.LightningModule):
         ema_offload, ema_every_n_steps: whether it is kept in the CPU's memory, and how often it is updated: see `EMA`.
         compile: what is compiled of the network that is trained; its moving average never is.
         float8: products of the network's linear layers in float8, on the "device" or "emulated": see `use_float8`.
+        nonleaking: changes what is trained on, and tells the network how; validation and sampling know nothing of it.
         sampling: how `sample` samples, unless told otherwise.
         seed: of noise, times and dropout; with a sample's position in the stream it decides all three.
 
@@ -77,6 +81,7 @@ class LatentDiffusionModule(pl.LightningModule):
         ema_every_n_steps: int = 1,
         compile: Compilation | None = None,
         float8: str | None = None,
+        nonleaking: NonLeakingAugmentation | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -89,9 +94,13 @@ class LatentDiffusionModule(pl.LightningModule):
             )
         self.trained = Trained(denoiser, conditioner)
         self.ema = EMA(self.trained, decay=ema_decay, offload=ema_offload, every_n_steps=ema_every_n_steps)
+        if ema_offload:
+            # DDP wants all parameters that it knows on one kind of device, trained or not.
+            names = [*dict(self.ema.named_parameters()), *dict(self.ema.named_buffers())]
+            self._ddp_params_and_buffers_to_ignore = [f"ema.{name}" for name in names]
         self.autoencoder = freeze(autoencoder)
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
-        self.condition_dropout, self.seed = condition_dropout, seed
+        self.condition_dropout, self.nonleaking, self.seed = condition_dropout, nonleaking, seed
         self.sampling, self.compilation, self.float8 = sampling, compile, float8
         self._is_configured = False
         self._during_validation = ExitStack()
@@ -138,12 +147,19 @@ class LatentDiffusionModule(pl.LightningModule):
                 f"got data.resolution={data.resolution}, expected a multiple of {unit}, which the autoencoder and the "
                 f"network divide by; set data.resolution={max(unit, round(data.resolution / unit) * unit)}"
             )
+        for width, height in data.buckets.sizes if data.buckets is not None else ():
+            if width % unit or height % unit:
+                raise ValueError(
+                    f"got data.buckets with {height} x {width}, expected multiples of {unit}, which the autoencoder "
+                    "and the network divide by; choose other sizes, or another step"
+                )
         found, own = data.dataset("train").encoder_sha256, weights_sha256(self.autoencoder)
         if found not in (None, own):
             raise ValueError(
                 f"got latent shards of the autoencoder {found[:12]}, expected {own[:12]}, the one that decodes; "
-                "encode the images with it: ldm encode"
+                "encode the images with it: ldm data encode"
             )
+        check_text(self.trained.conditioner, data.dataset("train"))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch, self.trained, self.seed, self.condition_dropout).mean()
@@ -167,8 +183,27 @@ class LatentDiffusionModule(pl.LightningModule):
         random = draw(seed, batch["position"], (self.autoencoder.latent_channels, *moments.shape[2:]))
         x_0 = self.autoencoder.to_latents(moments, noise=random.posterior)
         denoiser, conditioner = model.denoiser, model.conditioner
-        cond = conditioner(batch).select(random.drop < condition_dropout, conditioner.null(len(x_0)))
+        cond = conditioner(self.with_latents(batch, conditioner, seed))
+        told = {name: getattr(cond, name) for name in conditioner.always_told}
+        cond = cond.select(random.drop < condition_dropout, replace(conditioner.null(len(x_0)), **told))
+        if self.nonleaking is not None and model is self.trained:
+            # Of a stream of its own, so that nothing else changes with it.
+            u = uniform(seed + 2**33, batch["position"], self.nonleaking.num_uniforms)
+            x_0, labels = self.nonleaking(x_0, u)
+            cond = replace(cond, context=labels[:, None])
         return denoiser.loss(x_0, random.eps, denoiser.times(random.u, denoiser.schedule), cond)
+
+    @torch.no_grad()
+    def with_latents(self, batch: dict[str, Any], conditioner: Conditioner, seed: int) -> dict[str, Any]:
+        """The batch with the latents of the pictures that the conditioner wants to be encoded."""
+        found = {}
+        for name, picture in conditioner.pictures(batch).items():
+            moments = self.autoencoder.encode(picture)
+            shape = (self.autoencoder.latent_channels, *moments.shape[2:])
+            # Of another stream than the noise of the picture itself, which must not be known.
+            noise = normal(seed + 2**32, batch["position"], shape)
+            found[f"{name}_latents"] = self.autoencoder.to_latents(moments, noise=noise)
+        return {**batch, **found}
 
     @torch.no_grad()
     def moments(self, batch: dict[str, Any]) -> Tensor:
@@ -244,4 +279,5 @@ class LatentDiffusionModule(pl.LightningModule):
         save_weights(path, state, target="ldm.training.LatentDiffusionModule", config=config)
         if source := (config.get("autoencoder") or {}).get("path"):
             shutil.copyfile(source, folder / "autoencoder.safetensors")
+        keep_text_files(config.get("model"), folder)
         return {"weights": path.name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ class MetricsCSV(Logger):
         self._columns: list[str] | None = None
         self._last_row: dict[str, Any] = {}
         self._last_start = 0
+        self._num_rows = 0
 
     @property
     def name(self) -> str:
@@ -42,6 +44,25 @@ class MetricsCSV(Logger):
     def version(self) -> str:
         """The run's id."""
         return self.path.parent.name
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """How far the file has come, for a checkpoint; None where this process does not know."""
+        if self._columns is None:
+            return None
+        return {"rows": self._num_rows, "last": {name: str(value) for name, value in self._last_row.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Takes the file back to what it was then; leaves a shorter file, as of another run, as it is, and says so."""
+        rows = self._rows()
+        if not state["rows"] or len(rows) < state["rows"]:
+            return False
+        self._columns, last = list(rows[0]), dict(state["last"])
+        self._rewrite([*rows[: state["rows"] - 1], last])
+        self._num_rows = state["rows"]
+        self._last_row = {**last, "step": int(last["step"]) if last.get("step", "None") != "None" else None}
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        self._last_start = sum(map(len, lines[:-1]))
+        return True
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +75,8 @@ class MetricsCSV(Logger):
             return
         if self._columns is None or _goes_back(self._last_row, step):
             self._columns, self._last_row = self._take_up(step), {}
-        joins = self._last_row.get("step") == step and not self._last_row.keys() & metrics.keys()
+        joins = self._last_row.get("step", -1) == step and not self._last_row.keys() & metrics.keys()
+        self._num_rows += 0 if joins else 1
         self._last_row = {**(self._last_row if joins else {"step": step}), **metrics}
         new = sorted(name for name in metrics if name not in self._columns)
         if new:
@@ -74,12 +96,15 @@ class MetricsCSV(Logger):
     def _take_up(self, step: int | None) -> list[str]:
         """The columns of an earlier start, after dropping its rows from this step on."""
         rows = self._rows()
+        self._num_rows = 0
         if not rows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
             return ["step"]
         self._columns = list(rows[0])
-        self._rewrite([row for row in rows if step is None or not row["step"] or int(row["step"]) < step])
+        kept = [row for row in rows if step is None or not row["step"] or int(row["step"]) < step]
+        self._rewrite(kept)
+        self._num_rows = len(kept)
         return self._columns
 
     def _rows(self) -> list[dict[str, str]]:
@@ -139,7 +164,7 @@ def _outlived(kind: type[Logger]) -> type[Logger]:
     """The same kind of logger, whose calls fall silent instead of raising."""
     calls: dict[str, Any] = {name: _call(getattr(kind, name)) for name in _CALLS if hasattr(kind, name)}
     if hasattr(kind, "experiment"):
-        experiment = _call(kind.experiment.__get__, otherwise=DummyExperiment)
+        experiment = _call(_without_arguments(kind.experiment.__get__), otherwise=DummyExperiment)
         calls["experiment"] = property(experiment)
     return type(kind.__name__, (kind,), {**calls, "fall_silent": _fall_silent})
 
@@ -155,6 +180,19 @@ def _call(method: Callable[..., Any], *, otherwise: Callable[[], Any] = lambda: 
         except Exception as error:
             self.fall_silent(error)
         return otherwise()
+
+    return call
+
+
+def _without_arguments(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, called where no command line is to be seen: W&B keeps it as typed, credentials too."""
+
+    def call(*args: Any) -> Any:
+        typed, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            return method(*args)
+        finally:
+            sys.argv = typed
 
     return call
 

@@ -58,6 +58,12 @@ def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.stack(noise).to(positions.device)
 
 
+def uniform(seed: int, positions: Tensor, num: int) -> Tensor:
+    """Uniform numbers (B, num) in [0, 1) for the samples at `positions` (B,), each from a generator of its own."""
+    numbers = [torch.rand(num, generator=generator_for(seed, position)) for position in positions.tolist()]
+    return torch.stack(numbers).to(positions.device)
+
+
 def generator_for(seed: int, position: int) -> torch.Generator:
     """A generator for one position of one run; neighbouring positions share nothing."""
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()

@@ -18,13 +18,14 @@ MILLIONS = {
     "kl_f32": "103.9",
     "sd": "83.65",
     "sdxl": "83.65",
+    "sd3": "83.82",
     "vq_f4": "55.3",
     "vq_f4_noattn": "53.2",
     "vq_f8": "67.7",
     "vq_f8_n256": "67.7",
     "vq_f16": "69.5",
 }
-SCALES = {"kl_f8": 1.0, "sd": 0.18215, "sdxl": 0.13025, "x4_upscaler": 0.08333, "vq_f4": 1.0}
+SCALES = {"kl_f8": 1.0, "sd": 0.18215, "sdxl": 0.13025, "sd3": 1.5305, "x4_upscaler": 0.08333, "vq_f4": 1.0}
 CODES = {"vq_f4": 8192, "vq_f4_noattn": 8192, "vq_f8": 16384, "vq_f8_n256": 256, "vq_f16": 16384}
 # (downsampling factor, latent channels)
 GEOMETRIES = {
@@ -34,6 +35,7 @@ GEOMETRIES = {
     "kl_f32": (32, 64),
     "sd": (8, 4),
     "sdxl": (8, 4),
+    "sd3": (8, 16),
     "x4_upscaler": (4, 4),
     "identity": (1, 3),
     "vq_f4": (4, 3),

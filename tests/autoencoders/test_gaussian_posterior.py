@@ -68,3 +68,29 @@ def test_a_new_latent_scale_is_kept_in_the_state_dict() -> None:
 def test_a_scale_that_is_not_positive_and_finite_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match="expected a positive and a finite number"):
         IdentityAutoencoder(latent_scale=scale)
+
+
+def test_each_channel_may_have_a_scale_and_shift_of_its_own() -> None:
+    """As EDM2 whitens the latents of Stable Diffusion: (value - raw_mean) / raw_std * 0.5."""
+    scale, shift = [0.5, 2.0, 1.0], [0.1, -0.2, 0.0]
+    autoencoder = IdentityAutoencoder(latent_scale=scale, latent_shift=shift).double()
+    images = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 2 - 1
+
+    latents = autoencoder.to_latents(autoencoder.encode(images), noise=None)
+
+    for channel in range(3):
+        expected = (images[:, channel] - shift[channel]) * scale[channel]
+        torch.testing.assert_close(latents[:, channel], expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(autoencoder.decode(latents), images, rtol=0, atol=1e-6)
+    other = IdentityAutoencoder(latent_scale=[1.0, 1.0, 1.0], latent_shift=[0.0, 0.0, 0.0])
+    other.load_state_dict(autoencoder.state_dict())
+    assert other.latent_scale.flatten().tolist() == pytest.approx(scale)
+    autoencoder.set_latent_scale(3.0)
+    assert autoencoder.latent_scale.shape == autoencoder.latent_shift.shape == ()
+
+
+def test_a_scale_for_another_number_of_channels_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="got a latent scale or shift of 2 numbers, expected one, or one for each of 3"
+    ):
+        IdentityAutoencoder(latent_scale=[1.0, 2.0])

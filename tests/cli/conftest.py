@@ -1,5 +1,6 @@
 """Runs `ldm` commands in an empty folder: in this process, or in one of their own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,3 +38,16 @@ def ldm_process(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]
         return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run of `toy_pictures`."""
+    folder = tmp_path_factory.mktemp("pictures")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["train", *CONFIG_DIR, "experiment=toy_pictures"]) == 0
+    finally:
+        os.chdir(before)
+    return folder

@@ -25,7 +25,7 @@ def test_links_run_first_in_order_and_hand_on_their_folders(
     run = only(folder, "runs/toy_after/*")
     config = (run / "config.yaml").read_text()
     assert f"folder: {only(folder, 'runs/toy_rows/*')}\n" in config
-    assert f"start_from: {only(folder, 'runs/toy/*')}/sum.json\n" in config
+    assert f"reads: {only(folder, 'runs/toy/*')}/sum.json\n" in config
 
 
 def test_a_second_start_does_nothing_and_says_so(
@@ -96,7 +96,7 @@ def test_only_commands_with_a_run_folder_can_be_required(
     ldm: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ldm("train", "experiment=toy", "requires=['sample prompt=x']") == 2
-    assert "expected one of train, shard, encode" in capsys.readouterr().err
+    assert "expected one of train, shard, data encode" in capsys.readouterr().err
 
 
 def test_a_result_from_outside_the_chain_is_the_newest_finished_run(ldm: Callable[..., int], folder: Path) -> None:

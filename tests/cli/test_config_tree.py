@@ -17,22 +17,26 @@ from ldm.cli.main import COMMANDS
 
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
-PARTS = [file for file in FILES if "/" in file and not file.startswith("hydra/")]
-EXPERIMENTS = [file.removeprefix("experiment/") for file in FILES if file.startswith("experiment/")]
+# Cards are composed and bound once each, by `ldm papers --check`: tests/cli/test_papers_command.py.
+CARDS = [file for file in FILES if file.startswith("experiment/paper/")]
+PARTS = [file for file in FILES if "/" in file and not file.startswith("hydra/") and file not in CARDS]
+EXPERIMENTS = [file.removeprefix("experiment/") for file in PARTS if file.startswith("experiment/")]
 # Groups that only this command composes.
 COMMAND_OF_GROUP = {
     "dataset": "shard",
     "filter": "data filter",
+    "executor": "data encode",
     "task": "sample",
     "memory": "sample",
     "postprocess": "sample",
     "metric": "evaluate",
+    "launch": "launch",
     "space": "sweep",
     "search": "sweep",
     "pruner": "sweep",
+    "hardware": "plan",
+    "interconnect": "plan",
 }
-# Groups that no command chooses from by itself.
-APPENDED = {"metric"}
 # Arguments that the caller adds to a node's own: `write_digits(folder, ...)`.
 ADDED_BY_CALLER = {"dataset": 1}
 
@@ -48,16 +52,18 @@ def compose_part(file: str) -> DictConfig:
     group, option = file.split("/", 1)
     if group == "experiment":
         return compose(command_of(option), overrides=[f"experiment={option}"])
-    choice = f"{group}=[{option}]" if group == "callback" else f"{group}={option}"
+    if group == "scale":
+        return compose("train", overrides=["experiment=paper/ldm4_celebahq", f"+{group}={option}"])
+    choice = f"{group}=[{option}]" if group in ("callback", "metric") else f"{group}={option}"
     if group in COMMAND_OF_GROUP:
-        return compose(config_name(COMMAND_OF_GROUP[group]), overrides=[f"+{choice}" if group in APPENDED else choice])
+        return compose(config_name(COMMAND_OF_GROUP[group]), overrides=[choice])
     # By itself: an experiment adds settings of its own to the parts that it chose.
     return compose("train", overrides=["~experiment", choice])
 
 
 def command_of(experiment: str) -> str:
     """An experiment without a model is not for training but for encoding."""
-    return "train" if "model" in compose("train", overrides=[f"experiment={experiment}"]) else "encode"
+    return "train" if "model" in compose("train", overrides=[f"experiment={experiment}"]) else "data_encode"
 
 
 def targets(node: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +108,7 @@ def test_every_part_says_where_it_goes(file: str) -> None:
     first = (CONF / f"{file}.yaml").read_text().splitlines()[0]
     group, _ = file.split("/", 1)
     # `auto` is a word, not a node, which only the root can hold; tasks and memory set more than one node.
-    at_root = dict.fromkeys(("experiment", "debug", "strategy", "task", "memory"), "_global_")
+    at_root = dict.fromkeys(("experiment", "debug", "strategy", "task", "memory", "launch", "scale"), "_global_")
     expected = {**at_root, "callback": "callback.\\w+", "postprocess": "postprocess.\\w+", "metric": "metric.\\w+"}
     assert re.fullmatch(f"# @package {expected.get(group, group)}", first)
 
@@ -128,7 +134,7 @@ def test_every_file_is_composed_by_one_of_these_tests() -> None:
     assert sorted(primaries) == sorted(names)
     settings_of_hydra = [file for file in FILES if file.startswith("hydra/")]
     assert settings_of_hydra == sorted(["hydra/output/none", *(f"hydra/help/{name}" for name in names)])
-    assert sorted([*primaries, *settings_of_hydra, *PARTS]) == FILES
+    assert sorted([*primaries, *settings_of_hydra, *PARTS, *CARDS]) == FILES
 
 
 def test_an_installed_package_finds_the_same_tree() -> None:

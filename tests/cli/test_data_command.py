@@ -59,7 +59,7 @@ def test_validate_is_silent_on_good_shards_and_fails_on_faults(
     assert "error: 6 faults: broken_image, not_utf8" in printed.err
     assert "set/00001.tar: 000010000: broken_image: " in printed.out
     assert "... and 5 more" in printed.out
-    assert "broken_image             4  refused" in printed.out
+    assert "broken_image             4  skipped" in printed.out
     told = json.loads((folder / "faults.json").read_text())
     assert told["counts"] == {"broken_image": 4, "not_utf8": 2}
     assert [fault["key"] for fault in told["faults"]] == [f"00001000{i}" for i in (0, 1, 1, 1, 2, 3)]
@@ -96,7 +96,7 @@ def test_filter_takes_presets_lists_braces_and_writes_shards(
 
 def test_report_writes_a_page(shards: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = ["+filter@filters.mine=custom", "filters.mine.where=number < 3"]
-    assert main(["data", "report", "shards=set", "out=seen", "images=4", *mine]) == 0
+    assert main(["data", "report", "shards=set", "out=seen", "pictures=4", *mine]) == 0
     assert "report: seen/index.html" in capsys.readouterr().out
     told = json.loads((folder / "seen" / "report.json").read_text())
     assert told["filters"]["mine"]["kept"] == 3
@@ -121,7 +121,7 @@ def test_report_writes_a_page(shards: Path, folder: Path, capsys: pytest.Capture
         (["filter", "shards=set", "out=set", "filter.where=number > 1"], "out: got set, where the shards are"),
         (["validate", "shards=set", "accept=[exif]"], "accept: got exif, expected kinds such as "),
         (["validate", "shards=set", "decode=maybe"], "decode: got 'maybe', expected true or false"),
-        (["report", "shards=set", "image=3"], "image: there is no such setting; did you mean images? `ldm data report"),
+        (["report", "shards=set", "row=3"], "row: there is no such setting; did you mean rows? `ldm data report"),
         (["indx", "shards=set"], "data indx: there is no such command; did you mean data index? Commands: "),
         ([], "data: there is no such command; Commands: data index, data validate, data filter, data report"),
     ],

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -89,6 +91,21 @@ def test_resume_never_takes_the_next_free_folder(run: RunFolder) -> None:
     assert RunFolder.of(config(resume="never"), command="train").path.name == f"{run.path.name}-2"
 
 
+def test_starts_in_the_same_moment_take_a_folder_each_and_a_question_takes_none(folder: Path) -> None:
+    barrier = Barrier(8)
+
+    def start(_: int) -> str:
+        chosen = config(resume="never", run_id="same")
+        barrier.wait()
+        return RunFolder.of(chosen, command="train", reserve=True).path.name
+
+    with ThreadPoolExecutor(8) as pool:
+        found = sorted(pool.map(start, range(8)))
+    assert found == ["same", *(f"same-{number}" for number in range(2, 9))]
+    assert RunFolder.of(config(resume="never", run_id="same"), command="train").path.name == "same-9"
+    assert not (folder / "runs" / "toy" / "same-9").exists()
+
+
 def test_a_run_started_from_a_checkpoint_is_another_run(folder: Path) -> None:
     start = save(folder / "start.ckpt", 3)
     run = RunFolder.of(config(resume=start), command="train")
@@ -117,7 +134,8 @@ def test_only_finishing_marks_a_run_as_finished(run: RunFolder) -> None:
         run.finish({"sum": torch.tensor(1.5), "path": run.path})
     assert run.finished
     result = read_json(run.path / "result.json")
-    assert result == {"command": "train", "name": "toy", "run_id": run.path.name, "sum": 1.5, "path": str(run.path)}
+    head = {"command": "train", "name": "toy", "run_id": run.path.name, "settings": run.settings}
+    assert result == {**head, "sum": 1.5, "path": str(run.path)}
 
 
 HOLDER = """
@@ -226,3 +244,13 @@ def test_credentials_reach_no_saved_file(folder: Path, monkeypatch: pytest.Monke
     assert "swordfish" not in written
     assert "hunter2" not in written
     assert redact({"api_key": None, "a": [{"password": "x"}]}) == {"api_key": None, "a": [{"password": REDACTED}]}
+
+
+def test_a_finished_run_of_that_id_and_other_settings_is_refused(folder: Path) -> None:
+    run = RunFolder.of(config(run_id="mine"), command="train")
+    run.path.mkdir(parents=True)
+    run.finish({})
+    RunFolder.of(config(run_id="mine"), command="train").check_is_of_these_settings()
+    other = RunFolder.of(config(run_id="mine", seed=5), command="train")
+    with pytest.raises(UserError, match=r"got mine, where a run with other settings is finished .* another run_id"):
+        other.check_is_of_these_settings()

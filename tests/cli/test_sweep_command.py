@@ -193,9 +193,9 @@ def test_what_the_trials_require_runs_once(sweep: Callable[..., int], folder: Pa
         ),
         ([RATE, "num_trials=0"], "num_trials: got 0, expected a whole number from 1 on"),
         ([RATE, "devices=['0','1']"], "devices: got 2 for num_workers=1"),
-        ([RATE, "+submitit.timeout_min=3"], "submitit: got settings without executor=submitit"),
+        ([RATE, "+submitit.timeout_min=3"], "submitit: got settings without backend=submitit"),
         (
-            [RATE, "executor=submitit"],
+            [RATE, "backend=submitit"],
             "the package submitit is not installed; install it with: pip install 'ldm[slurm]'",
         ),
         ([RATE, "trainer.max_stepz=3"], "trainer.max_stepz: there is no such setting; did you mean trainer.max_steps?"),
@@ -203,8 +203,14 @@ def test_what_the_trials_require_runs_once(sweep: Callable[..., int], folder: Pa
     ],
 )
 def test_a_mistake_is_said_in_one_line_before_anything_runs(
-    sweep: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], line: str
+    sweep: Callable[..., int],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    line: str,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)  # as if it were not installed
     assert sweep(*overrides) == 2
     assert line in capsys.readouterr().err
     assert list(folder.iterdir()) == []
@@ -221,7 +227,7 @@ def test_a_dry_run_says_what_would_run(
     sweep: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster = [
-        "executor=submitit",
+        "backend=submitit",
         "+submitit.slurm_partition=gpu",
         "launcher=torchrun --nproc-per-node=2 -m ldm.cli.main",
     ]
@@ -264,7 +270,7 @@ def test_trials_run_as_jobs_of_a_cluster_and_a_result_may_be_the_objective(
     module = ModuleType("submitit")
     module.AutoExecutor = Executor
     monkeypatch.setitem(sys.modules, "submitit", module)
-    cluster = ["executor=submitit", "+submitit.cluster=debug", "+submitit.timeout_min=5"]
+    cluster = ["backend=submitit", "+submitit.cluster=debug", "+submitit.timeout_min=5"]
     assert sweep(RATE, "num_trials=2", "objective=summary.learning_rate", "direction=maximize", *cluster) == 0
     assert Executor.settings == {"cluster": "debug", "timeout_min": 5}
     assert [row["value"] for row in trials(folder)] == [row["model.learning_rate"] for row in trials(folder)]

@@ -211,10 +211,8 @@ def test_kill_9_in_mid_training_then_the_same_command_goes_on(folder: Path) -> N
     assert "step=000000010.ckpt" in again.stdout
     assert again.returncode == 0
     assert (run / "result.json").is_file()
-    # The kill may strike between a step's checkpoint and its row.
-    steps = [int(row["step"]) for row in metrics(run)]
-    assert steps == sorted(set(steps))
-    assert set(range(20)) - set(steps) <= {9}
+    # Also where the kill struck between a step's checkpoint and its row.
+    assert [int(row["step"]) for row in metrics(run)] == list(range(20))
 
 
 @pytest.mark.slow

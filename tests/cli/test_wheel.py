@@ -30,6 +30,7 @@ def test_the_wheel_ships_the_config_tree_and_works_from_any_folder(tmp_path: Pat
         archive.extractall(tmp_path / "site")
     shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
     assert {f"ldm/{name}" for name in shipped} <= names
+    assert {f"ldm/generation/report/vote.{kind}" for kind in ("html", "css", "js")} <= names
     assert not any(name.startswith(("tests/", "conf/")) for name in names)
     words = [sys.executable, "-m", "ldm.cli.main", "train", "--cfg", "job"]
     separate = {**environment(), "PYTHONPATH": str(tmp_path / "site")}

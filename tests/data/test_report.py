@@ -57,6 +57,8 @@ def test_the_numbers_are_those_of_the_samples(folder: Path, tmp_path: Path) -> N
     assert (told["num_samples"], told["num_rows_read"], told["num_images_decoded"]) == (5, 5, 5)
     assert told["num_members"] == {"png": 5, "txt": 5, "json": 5}
     assert told["num_bordered"] == 1
+    assert list(told["most_bordered"].values()) == [0.75]
+    assert "white_border" in told["histograms"]
     assert told["num_without_caption"] == 0
     assert told["histograms"]["width"]["max"] == 128
     assert told["histograms"]["aspect_ratio"]["median"] == pytest.approx(4 / 3)
@@ -120,16 +122,16 @@ def test_the_report_is_the_same_with_workers(folder: Path, tmp_path: Path) -> No
 
 
 def test_fewer_samples_are_looked_at_where_asked(folder: Path, tmp_path: Path) -> None:
-    told = report_shards(folder, tmp_path / "report", rows=3, images=2, thumbnails=1)
+    told = report_shards(folder, tmp_path / "report", rows=3, pictures=2, thumbnails=1)
     assert (told["num_samples"], told["num_rows_read"], told["num_images_decoded"]) == (5, 3, 2)
     assert (tmp_path / "report" / "index.html").read_text().count("<img") == 1
-    none = report_shards(folder, tmp_path / "none", rows=0, images=0, thumbnails=0)
+    none = report_shards(folder, tmp_path / "none", rows=0, pictures=0, thumbnails=0)
     assert (none["num_rows_read"], none["num_images_decoded"]) == (0, 0)
 
 
 def test_what_is_looked_at_is_spread_over_all_shards(write_noise: WriteNoise) -> None:
     shards = sorted(write_noise(23).glob("*.tar"))
-    tasks = plan(shards, rows=8, images=4, thumbnails=2)
+    tasks = plan(shards, rows=8, pictures=4, thumbnails=2)
     assert [len(task.rows) for task in tasks] == [2, 3, 2, 1]
     assert sum(len(task.images) for task in tasks) == 4
     assert all(task.thumbnails <= set(task.images) for task in tasks)
@@ -161,7 +163,7 @@ def test_no_readable_shard_is_refused(tmp_path: Path) -> None:
         report_shards(tmp_path, tmp_path / "report")
 
 
-@pytest.mark.parametrize("options", [{"rows": -1}, {"images": -1}, {"distance": -2}, {"metadata": "xml"}])
+@pytest.mark.parametrize("options", [{"rows": -1}, {"pictures": -1}, {"distance": -2}, {"metadata": "xml"}])
 def test_impossible_settings_are_refused(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: got "):
         report_shards(folder, tmp_path / "report", **options)

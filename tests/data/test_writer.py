@@ -29,7 +29,7 @@ def members(path: Path) -> dict[str, bytes]:
         return {entry.name: tar.extractfile(entry).read() for entry in tar}
 
 
-@pytest.mark.parametrize("image_format", ["png", "jpg"])
+@pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
 def test_the_same_records_give_the_same_bytes(tmp_path: Path, image_format: str) -> None:
     for name in ("a", "b"):
         write_shards(tmp_path / name, records(5), samples_per_shard=2, image_format=image_format)
@@ -128,7 +128,8 @@ def test_latent_shards_state_their_encoder_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_format": "gif"}, r"got 'gif', expected one of \['jpg', 'png'\]"),
+        ({"image_format": "gif"}, r"got 'gif', expected one of \['jpg', 'png', 'webp'\]"),
+        ({"quality": 101}, "quality: got 101, expected 1 to 100"),
         ({"samples_per_shard": 0}, "expected 1 to 10000"),
         ({"samples_per_shard": 10_001}, "expected 1 to 10000"),
     ],

@@ -123,3 +123,13 @@ def test_guidance_without_an_interval_acts_where_no_data_is_left() -> None:
 def test_settings_out_of_range_refuse_to_build(options: dict[str, float | list[float]], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^got guidance\.{name}=.*expected"):
         Guidance(scale=2.0, **options)  # type: ignore[arg-type]
+
+
+def test_channels_beyond_those_that_are_guided_are_the_conditional_ones() -> None:
+    denoiser = make_denoiser(flow=True)
+    cond, uncond = outputs(denoiser)
+    combined = Guidance(scale=4.0, channels=2).combine(cond, uncond)
+    assert_close(combined[:, :2], Guidance(scale=4.0).combine(cond, uncond)[:, :2])
+    assert_close(combined[:, 2:], cond[:, 2:], rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"^got guidance\.channels=0, expected at least 1"):
+        Guidance(channels=0)

@@ -84,3 +84,15 @@ def test_times_stay_within_what_is_trained_and_rise_with_u(times: Times, schedul
 def test_distributions_without_width_refuse_to_build(make: Callable[[], Times]) -> None:
     with pytest.raises(ValueError, match=r"^got times\.(p_)?std=.*expected a positive number"):
         make()
+
+
+def test_the_lowest_steps_alone_are_those_with_the_least_noise() -> None:
+    """SDXL's refiner learns 200 of 1000 (Podell et al. 2023, section 2.5)."""
+    schedule, times = Linear(), UniformSteps(num_lowest=200)
+    times.check(schedule)
+    index = times(torch.linspace(0.0005, 0.9995, 1000), schedule) * 1000 - 1
+    assert sorted(set(index.round().int().tolist())) == list(range(200))
+    with pytest.raises(ValueError, match=r"^got times\.num_lowest=2000, expected at most 1000"):
+        UniformSteps(num_lowest=2000).check(schedule)
+    with pytest.raises(ValueError, match=r"^got times\.num_lowest=0"):
+        UniformSteps(num_lowest=0)

@@ -167,7 +167,7 @@ def kill_in_save(folder: Path, action: Callable[[Path], None], *, trials: int) -
     return {"lines": total, **found}
 
 
-def kill_at_any_time(folder: Path, *, trials: int) -> dict[str, Any]:
+def kill_at_any_time(folder: Path, *, trials: int, longest: float = 0.1) -> dict[str, Any]:
     """Kills, at random times, a process that saves over the same checkpoint; TMPDIR is on another disk."""
     path, before, times = folder / "last.ckpt", set(SHARED_MEMORY.glob("*")), random.Random(0)
     os.environ["TMPDIR"] = str(SHARED_MEMORY)
@@ -181,7 +181,7 @@ def kill_at_any_time(folder: Path, *, trials: int) -> dict[str, Any]:
 
     steps, destroyed = [1], 0
     for _ in range(trials):
-        in_child(save_for_ever, kill_after=times.uniform(0.005, 0.1))
+        in_child(save_for_ever, kill_after=times.uniform(0.005, longest))
         destroyed += not is_valid(path)
         steps.append(step_of(path))
     sweep(folder)

@@ -60,27 +60,19 @@ def test_the_network_equals_that_of_diffusers(patch_size: int) -> None:
     x, t, ids = seeded(3, 4, 16, 16), torch.tensor([0.0, 499.0, 999.0]), torch.tensor([0, 6, 7])
 
     with torch.no_grad():
-        actual = torch.cat(dit.forward_with_variance(x, t, Conditioning(vector=ids)), dim=1)
+        actual = dit(x, t, Conditioning(vector=ids))
         expected = other(x, t, ids).sample
 
     assert relative_difference(actual, expected) <= 1e-4
 
 
-def test_the_denoiser_gets_the_first_channels_and_not_the_variance() -> None:
-    dit = perturbed(DiT(4, 4, **SMALL)).eval()
+def test_a_variance_comes_after_the_output_in_as_many_channels() -> None:
+    with_it, without = (DiT(4, 4, **{**SMALL, "learned_variance": learned}) for learned in (True, False))
     x, t, cond = seeded(2, 4, 8, 8), torch.tensor([1.0, 2.0]), Conditioning(vector=torch.tensor([0, 1]))
 
-    mean, variance = dit.forward_with_variance(x, t, cond)
-
-    torch.testing.assert_close(dit(x, t, cond), mean, rtol=0, atol=0)
-    assert variance.shape == mean.shape
-    assert (variance - mean).abs().max() > 1e-3
-
-
-def test_a_variance_that_was_not_learned_is_refused() -> None:
-    dit = DiT(4, 4, patch_size=2, width=16, depth=1, num_heads=2)
-    with pytest.raises(ValueError, match="set learned_variance=true"):
-        dit.forward_with_variance(seeded(1, 4, 8, 8), torch.zeros(1), Conditioning())
+    assert with_it(x, t, cond).shape == (2, 8, 8, 8)
+    assert without(x, t, cond).shape == (2, 4, 8, 8)
+    assert (with_it.learned_variance, without.learned_variance) == (True, False)
 
 
 def test_blocks_start_as_the_identity() -> None:

@@ -53,6 +53,7 @@ CASES = {
     "DiT, patches of 4": Case(DiT, {**DIT, "patch_size": 4}, {}),
     "MMDiT": Case(MMDiT, MMDIT, {**TEXT, **POOLED}),
     "MMDiT, normalised": Case(MMDiT, {**MMDIT, "qk_norm": True}, {**TEXT, **POOLED}),
+    "MMDiT, self-attention": Case(MMDiT, {**MMDIT, "qk_norm": True, "self_attention_blocks": 1}, {**TEXT, **POOLED}),
     "DDPM++": Case(EDMUNet, DDPMPP, {}, first_output=1e-4),
     "DDPM++, classes and augmentation": Case(
         EDMUNet,
@@ -70,19 +71,12 @@ EVERY = pytest.mark.parametrize("name", CASES)
 TIMES = torch.tensor([0.1, 0.5, 0.9])
 
 
-def both_halves(network: nn.Module, x: Tensor, cond: Conditioning) -> Tensor:
-    """The output, joined with its variance where there is one: all that gradients may come from."""
-    if isinstance(network, ADMUNet) or getattr(network, "learned_variance", False):
-        return torch.cat(network.forward_with_variance(x, TIMES, cond), dim=1)
-    return network(x, TIMES, cond)
-
-
 @EVERY
 @pytest.mark.parametrize("size", SIZES)
 def test_the_output_has_the_shape_of_the_sample_and_starts_at_zero(name: str, size: tuple[int, int]) -> None:
     out = CASES[name].build()(seeded(3, 4, *size), TIMES, CASES[name].cond())
 
-    assert out.shape == (3, 4, *size)
+    assert out.shape == (3, 8 if getattr(CASES[name].build(), "learned_variance", False) else 4, *size)
     assert out.abs().max() <= CASES[name].first_output
 
 
@@ -90,7 +84,7 @@ def test_the_output_has_the_shape_of_the_sample_and_starts_at_zero(name: str, si
 def test_gradient_reaches_every_parameter(name: str) -> None:
     network = perturbed(CASES[name].build())
 
-    both_halves(network, seeded(3, 4, 8, 8), CASES[name].cond()).square().mean().backward()
+    network(seeded(3, 4, 8, 8), TIMES, CASES[name].cond()).square().mean().backward()
 
     assert [key for key, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 

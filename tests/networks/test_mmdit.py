@@ -31,6 +31,9 @@ PLACES = {
     "joint_blocks.{}.x_block.attn.proj": "transformer_blocks.{}.attn.to_out.0",
     "joint_blocks.{}.x_block.attn.ln_q": "transformer_blocks.{}.attn.norm_q",
     "joint_blocks.{}.x_block.attn.ln_k": "transformer_blocks.{}.attn.norm_k",
+    "joint_blocks.{}.x_block.attn2.proj": "transformer_blocks.{}.attn2.to_out.0",
+    "joint_blocks.{}.x_block.attn2.ln_q": "transformer_blocks.{}.attn2.norm_q",
+    "joint_blocks.{}.x_block.attn2.ln_k": "transformer_blocks.{}.attn2.norm_k",
     "joint_blocks.{}.x_block.mlp.fc1": "transformer_blocks.{}.ff.net.0.proj",
     "joint_blocks.{}.x_block.mlp.fc2": "transformer_blocks.{}.ff.net.2",
     "joint_blocks.{}.context_block.adaLN_modulation.1": "transformer_blocks.{}.norm1_context.linear",
@@ -43,8 +46,9 @@ PLACES = {
     "final_layer.linear": "proj_out",
 }
 QKV = {
-    "x_block": ("to_q", "to_k", "to_v"),
-    "context_block": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "x_block.attn": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 
 
@@ -61,10 +65,10 @@ def to_diffusers(network: MMDiT) -> dict[str, Tensor]:
                 if (value := state.get(f"{place}.{leaf}")) is not None:
                     value = torch.cat(value.chunk(2)[::-1]) if place in swapped else value
                     converted[f"{theirs.format(block)}.{leaf}"] = value
-            for stream, names in QKV.items():
-                parts = state[f"joint_blocks.{block}.{stream}.attn.qkv.{leaf}"].chunk(3)
-                for name, part in zip(names, parts, strict=True):
-                    converted[f"transformer_blocks.{block}.attn.{name}.{leaf}"] = part
+            for attention, names in QKV.items():
+                if (whole := state.get(f"joint_blocks.{block}.{attention}.qkv.{leaf}")) is not None:
+                    for name, part in zip(names, whole.chunk(3), strict=True):
+                        converted[f"transformer_blocks.{block}.{name}.{leaf}"] = part
     return converted
 
 
@@ -87,11 +91,11 @@ def of_diffusers(**changes: Any) -> SD3Transformer2DModel:
     ).eval()
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("qk_norm", "dual"), [(False, 0), (True, 0), (True, 2), (False, 3)])
 @pytest.mark.parametrize("size", [(8, 8), (14, 6), (4, 10)])
-def test_the_network_equals_that_of_diffusers(qk_norm: bool, size: tuple[int, int]) -> None:
-    network = perturbed(MMDiT(4, 4, **SMALL, qk_norm=qk_norm), scale=0.2).eval()
-    other = of_diffusers(qk_norm="rms_norm" if qk_norm else None)
+def test_the_network_equals_that_of_diffusers(qk_norm: bool, dual: int, size: tuple[int, int]) -> None:
+    network = perturbed(MMDiT(4, 4, **SMALL, qk_norm=qk_norm, self_attention_blocks=dual), scale=0.2).eval()
+    other = of_diffusers(qk_norm="rms_norm" if qk_norm else None, dual_attention_layers=tuple(range(dual)))
     missing, unexpected = other.load_state_dict(to_diffusers(network), strict=False)
     # The table of positions, which must come out of our formula, and a scale that nothing depends on.
     assert unexpected == []
@@ -105,8 +109,8 @@ def test_the_network_equals_that_of_diffusers(qk_norm: bool, size: tuple[int, in
     assert relative_difference(actual, expected) <= 1e-4
 
 
-@pytest.mark.parametrize(("depth", "qk_norm"), [(24, False), (38, True)])
-def test_the_network_has_the_parameters_of_that_of_diffusers(depth: int, qk_norm: bool) -> None:
+@pytest.mark.parametrize(("depth", "qk_norm", "dual"), [(24, False, 0), (38, True, 0), (24, True, 13)])
+def test_the_network_has_the_parameters_of_that_of_diffusers(depth: int, qk_norm: bool, dual: int) -> None:
     with torch.device("meta"):
         other = of_diffusers(
             num_layers=depth,
@@ -114,8 +118,10 @@ def test_the_network_has_the_parameters_of_that_of_diffusers(depth: int, qk_norm
             num_attention_heads=depth,
             caption_projection_dim=64 * depth,
             qk_norm="rms_norm" if qk_norm else None,
+            dual_attention_layers=tuple(range(dual)),
         )
-        network = MMDiT(4, 4, **{**SMALL, "width": 64 * depth, "depth": depth, "num_heads": depth}, qk_norm=qk_norm)
+        geometry = {**SMALL, "width": 64 * depth, "depth": depth, "num_heads": depth}
+        network = MMDiT(4, 4, **geometry, qk_norm=qk_norm, self_attention_blocks=dual)
 
     # Of the last block nothing is kept of the text, so that its normalised queries have no effect: 64 scales.
     assert num_parameters(network) + 64 * qk_norm == num_parameters(other)
@@ -134,3 +140,8 @@ def test_an_image_beyond_the_grid_is_refused() -> None:
     cond = Conditioning(context=seeded(1, 5, 6), vector=seeded(1, 5))
     with pytest.raises(ValueError, match="got 8 patches along a side, expected at most 7"):
         MMDiT(4, 4, **SMALL)(seeded(1, 4, 8, 16), torch.zeros(1), cond)
+
+
+def test_more_blocks_with_self_attention_than_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="got self_attention_blocks 4, expected 0 to the depth, 3"):
+        MMDiT(4, 4, **SMALL, self_attention_blocks=4)

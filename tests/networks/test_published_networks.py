@@ -29,9 +29,11 @@ MILLIONS = {
     "edm2_xxl": "1523.16",
     "mmdit_sd3_medium": "2028.33",
     "mmdit_sd35_large": "8056.63",
+    "mmdit_sd35_medium": "2243.17",
     "adm_64": "295.90",
     "adm_128": "421.53",
     "adm_256": "553.84",
+    "adm_512": "559.00",
     "adm_lsun": "552.81",
     "adm_64_to_256": "311.80",
     "adm_128_to_512": "308.84",
@@ -68,6 +70,7 @@ MULTIPLY_ADDS = [
     ("dit_xl_2", 32, 118.64),
     ("dit_xl_2", 64, 524.60),
     ("adm_256", 256, 1120.0),
+    ("adm_512", 512, 1983.0),
 ]
 # Karras et al. 2024, table 2.
 EDM2_GFLOPS = {"edm2_xs": 46, "edm2_s": 102, "edm2_m": 181, "edm2_l": 282, "edm2_xl": 406, "edm2_xxl": 552}
@@ -120,6 +123,7 @@ VARIANTS = [
     ("edm_ncsnpp_cifar10", {"num_classes": None}, "56.40"),
     ("edm2_s", {"in_channels": 3, "out_channels": 3}, "280.21"),
     ("adm_256", {"num_classes": None}, "552.81"),
+    ("adm_512", {"num_classes": None}, "557.97"),
 ]
 
 

@@ -16,6 +16,7 @@ from ldm.samplers import (
     LCM,
     LMS,
     PLMS,
+    Churn,
     DPMSolverPP2M,
     DPMSolverPP2MSDE,
     DPMSolverPP2S,
@@ -23,6 +24,7 @@ from ldm.samplers import (
     DPMSolverPPSDE,
     Euler,
     EulerAncestral,
+    EulerMaruyama,
     Heun,
     Interval,
     Restart,
@@ -49,6 +51,7 @@ PARAMETERIZATIONS: dict[str, Parameterization] = {
 # noise leaves second order to all but the method that is straight in t.
 DETERMINISTIC: dict[str, tuple[Sampler, int, int]] = {
     "euler": (Euler(), 1, 1),
+    "churn_0": (Churn(churn=0.0), 2, 2),
     "ddim": (DDIM(eta=0.0), 1, 1),
     "heun": (Heun(), 2, 2),
     "kdpm2": (KDPM2(), 2, 2),
@@ -75,6 +78,8 @@ STOCHASTIC: dict[str, Sampler] = {
     "ddim_eta_1": DDIM(eta=1.0),
     "ddim_eta_half": DDIM(eta=0.5),
     "euler_ancestral": EulerAncestral(),
+    "euler_maruyama": EulerMaruyama(),
+    "churn": Churn(noise=1.0),
     "kdpm2_ancestral": KDPM2(eta=1.0),
     "dpmpp_2s_ancestral": DPMSolverPP2S(eta=1.0),
     "dpmpp_sde": DPMSolverPPSDE(),

@@ -190,3 +190,10 @@ def test_one_batch_is_learned_by_heart(make_autoencoder_module: MakeModule) -> N
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 4
+
+
+def test_pictures_that_the_autoencoder_does_not_divide_are_refused_before_the_first_step(
+    make_autoencoder_module: MakeModule, make_data: MakeData, make_trainer: MakeTrainer
+) -> None:
+    with pytest.raises(ValueError, match=r"got data\.resolution=15, expected a multiple of 2.*set data\.resolution=16"):
+        make_trainer(max_steps=1).fit(make_autoencoder_module(), make_data(resolution=15))

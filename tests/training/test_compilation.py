@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from ldm.data import ShardDataModule
@@ -154,3 +156,19 @@ def test_fewer_updates_count_for_more_steps(make_latent_diffusion: MakeModule) -
         module.ema.update(module.trained, num_updates=step)
     for name, average in module.ema.module.named_parameters():
         assert_close(average - start[name], torch.full_like(average, 1 - 0.9**3), rtol=1e-4, atol=1e-5)
+
+
+def test_ddp_takes_a_module_whose_offloaded_average_lies_elsewhere(
+    make_latent_diffusion: MakeModule, tmp_path: Path
+) -> None:
+    """Of the kinds of devices there are two here as well: "meta" stands in for the host beside a GPU."""
+    module = make_latent_diffusion(ema_offload=True)
+    module.ema.module.to_empty(device="meta")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert DistributedDataParallel(module).device_type == "cpu"
+        del module._ddp_params_and_buffers_to_ignore
+        with pytest.raises(ValueError, match="same type of devices"):
+            DistributedDataParallel(module)
+    finally:
+        dist.destroy_process_group()

@@ -277,6 +277,6 @@ def test_it_trains_on_moments_of_its_own_autoencoder_and_on_no_others(
     with torch.no_grad():
         module.autoencoder.quant_conv.weight.mul_(1.5)
     with pytest.raises(
-        ValueError, match=r"got latent shards of the autoencoder .* encode the images with it: ldm encode"
+        ValueError, match=r"got latent shards of the autoencoder .* encode the images with it: ldm data encode"
     ):
         make_trainer(max_steps=1).fit(module, moments)

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.training.optim import constant, cosine
+from ldm.training.optim import constant, cosine, inverse_sqrt
 
 
 def rates(make: Callable[[Optimizer], LRScheduler], num_steps: int, lr: float = 2.0) -> list[float]:
@@ -44,3 +44,12 @@ def test_cosine_warms_up_first_and_reaches_its_peak_there() -> None:
 def test_a_run_shorter_than_its_warm_up_starts_at_the_full_rate(num_steps: int) -> None:
     found = rates(lambda o: cosine(o, num_steps=num_steps, num_warmup_steps=100), num_steps)
     assert found[0] == 2.0 and found[-1] > 0
+
+
+def test_inverse_sqrt_is_constant_and_then_falls_with_the_root_of_the_steps() -> None:
+    """Karras et al. 2024, eq. 67: alpha_ref / sqrt(max(t / t_ref, 1)), after their linear ramp."""
+    found = rates(lambda o: inverse_sqrt(o, num_constant_steps=4, num_warmup_steps=2), 17)
+    assert found[:5] == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0])
+    assert (found[8], found[16]) == pytest.approx((2 / 2**0.5, 1.0))
+    with pytest.raises(ValueError, match=r"^got lr_schedule\.num_constant_steps=0"):
+        rates(lambda o: inverse_sqrt(o, num_constant_steps=0), 1)

@@ -7,8 +7,10 @@ from ldm.training.callbacks.progress import Progress
 from ldm.training.callbacks.reconstruction_grid import ReconstructionGrid
 from ldm.training.callbacks.sample_grid import SampleGrid
 from ldm.training.callbacks.sample_metrics import SampleMetrics
+from ldm.training.callbacks.self_check import SelfCheck
 from ldm.training.callbacks.spike_guard import SpikeGuard
 from ldm.training.callbacks.throughput import Throughput
+from ldm.training.callbacks.watchdog import Watchdog
 
 __all__ = [
     "GradientNorm",
@@ -17,7 +19,9 @@ __all__ = [
     "ReconstructionGrid",
     "SampleGrid",
     "SampleMetrics",
+    "SelfCheck",
     "SpikeGuard",
     "StopOnSignal",
     "Throughput",
+    "Watchdog",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytorch_lightning as pl
 
 from ldm.training.callbacks.throughput import Throughput
+from ldm.training.callbacks.watchdog import Watchdog
 
 
 class Cadence:
@@ -42,8 +43,12 @@ class Cadence:
 
 @contextmanager
 def outside_training(trainer: pl.Trainer) -> Iterator[None]:
-    """Keeps what happens inside out of the step time and the data wait that `Throughput` reports."""
-    yield
+    """Keeps what happens inside out of the times that `Throughput` reports, and `Watchdog` from ending it."""
+    with ExitStack() as patience:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Watchdog):
+                patience.enter_context(callback.patient())
+        yield
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput):
             callback.leave_out_gap()

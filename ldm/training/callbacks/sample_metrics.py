@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from einops import rearrange
 from PIL.Image import Image
-from torch import Tensor
 from torchmetrics import Metric
 
-from ldm.metrics import FrechetDistance, InceptionScore
+from ldm.generation.evaluate import Evaluation, Subject
+from ldm.generation.evaluate_folder import clear
+from ldm.generation.evaluate_prompts import caption_prompts
+from ldm.generation.evaluate_protocol import describe_settings
+from ldm.generation.evaluate_work import RankWorkers
 from ldm.training.callbacks.cadence import Cadence, outside_training
 
 
 class SampleMetrics(pl.Callback):
-    """At validation, samples from the validation prompts and logs each metric as `val/NAME`, once for all of them.
+    """At validation, samples, measures as `ldm evaluate` does, and logs each metric as `val/NAME`.
 
-    The prompts are captions of validation samples, evenly spread over all of them, and image number i has seed
-    `seed + i`: the same pictures at every validation and on any number of ranks, which share the work. What the
-    module samples with is its own matter (its moving average). `val/sampling_seconds` says what it cost.
+    The prompts are the captions of the validation samples, evenly spread over all of them, and image number i has seed
+    `seed + i`: the same pictures at every validation and on any number of ranks, which share the work. What the module
+    samples with is its moving average. A metric of several values logs the first as `val/NAME`, and the others as
+    `val/NAME/PART`; checkpoints, early stopping and sweeps go by these names. `val/sampling_seconds` says what it cost.
 
     Args:
-        distances: name -> `FrechetDistance`, generated against real images.
-        scores: name -> `InceptionScore`, generated images alone; logs the mean over splits.
+        metrics: by name, as `ldm.generation.evaluate.Evaluation` takes them.
         num_images: sampled each time, over all ranks.
         every_n_steps: optimizer steps between two times; each waits for the next validation.
-        batch_size: validation samples read at a time, on each rank.
+        batch_size: pictures sampled at a time, on each rank; a shard of samples.
         seed: of the first picture.
-        reference: data module whose validation images are the real ones; None takes the run's own, which then have
-            to be images, not moments.
+        reference: real images: a data module, a folder, zip, shards or .npz; None takes the run's own validation
+            images.
+        prompts: texts, or dicts with "prompt" and labels; None takes the captions of the validation samples.
+        sampling: of the module's own settings what is to be different, e.g. num_steps, sampler, guidance.
+        folder: where step=000200/evaluation.json goes, and in reference/ what is known of the real images; None
+            writes nothing down.
+        keep_images: whether samples and their features stay in that folder.
+        feature_batch_size: images that a feature network sees at once.
+        num_workers: processes that read images.
 
     Raises:
         ValueError: no metric, or a count below 1.
@@ -42,28 +53,34 @@ class SampleMetrics(pl.Callback):
     def __init__(
         self,
         *,
-        distances: Mapping[str, FrechetDistance] | None = None,
-        scores: Mapping[str, InceptionScore] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         num_images: int = 1000,
         every_n_steps: int = 1000,
         batch_size: int = 64,
         seed: int = 0,
-        reference: pl.LightningDataModule | None = None,
+        reference: Any = None,
+        prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        folder: Path | str | None = None,
+        keep_images: bool = False,
+        feature_batch_size: int = 64,
+        num_workers: int = 0,
     ) -> None:
-        self.distances = dict(distances or {})
-        self.scores = dict(scores or {})
-        if not self.distances and not self.scores:
-            raise ValueError(
-                "got no metric for sampled images, expected some in distances or scores; choose callback=fid"
-            )
+        if not metrics:
+            raise ValueError("got no metric for sampled images, expected some; choose callback=fid")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"got num_images={num_images} and batch_size={batch_size}, expected at least 1 of each")
+        if keep_images and folder is None:
+            raise ValueError("got keep_images without a folder, expected one to keep them in; set folder")
         self.cadence = Cadence(every_n_steps)
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.reference = reference
-        self._knows_reals = False
+        self.metrics = dict(metrics)
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.reference, self.prompts = reference, prompts
+        self.sampling = dict(sampling or {})
+        self.folder = None if folder is None else Path(folder)
+        self.keep_images, self.feature_batch_size, self.num_workers = keep_images, feature_batch_size, num_workers
+        self._evaluation: Evaluation | None = None
+        self._scratch: TemporaryDirectory[str] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Raises ValueError where the module cannot sample or there are no prompts to take."""
@@ -72,15 +89,19 @@ class SampleMetrics(pl.Callback):
                 f"got metrics of samples with {type(pl_module).__name__}, expected a module that samples prompts; "
                 "leave out callback=fid and callback=inception_score"
             )
-        if not hasattr(trainer.datamodule, "iterate_once"):  # type: ignore[attr-defined]
+        if self.prompts is None and not hasattr(trainer.datamodule, "iterate_once"):  # type: ignore[attr-defined]
             raise ValueError("got metrics of samples without a data module, expected one with validation captions")
-        if self.reference is not None:
-            # The data module shares its samples out by the trainer's ranks.
-            self.reference.trainer = trainer
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts from here."""
+        """Counts from here, and checks now what could only fail after an hour."""
         self.cadence.start(trainer.global_step)
+        self._prepared(trainer.datamodule).check(self.num_images)  # type: ignore[attr-defined]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Removes what was not to be kept."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch, self.folder = None, None
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,63 +109,84 @@ class SampleMetrics(pl.Callback):
         if trainer.sanity_checking or not self.cadence.due(trainer.global_step):
             return
         start = time.perf_counter()
+        ranks = RankWorkers(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
         with outside_training(trainer):
-            values = self.measure(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+            values = self.measure(
+                trainer.datamodule,  # type: ignore[attr-defined]
+                pl_module,
+                self._place(trainer),
+                ranks=ranks,
+                step=trainer.global_step,
+            )
         values["sampling_seconds"] = time.perf_counter() - start
         for name, value in values.items():
             pl_module.log(f"val/{name}", value, sync_dist=True)
 
-    def measure(self, data: Any, pl_module: Any) -> dict[str, float]:
-        """Each metric's value, the same on every rank."""
-        metrics: list[Metric] = [*self.distances.values(), *self.scores.values()]
-        for metric in metrics:
-            metric.to(pl_module.device)
-        self._see_reals(data, pl_module.device)
-        for distance in self.distances.values():
-            distance.reset_generated()
-        for score in self.scores.values():
-            score.reset()
-        for numbers, prompts in self._prompts(data):
-            pictures = pl_module.sample(prompts, seeds=[self.seed + number for number in numbers])
-            self._see_generated(from_pil(pictures).to(pl_module.device), torch.tensor(numbers))
-        distances = {name: distance.compute().item() for name, distance in self.distances.items()}
-        return distances | {name: score.compute()[0].item() for name, score in self.scores.items()}
+    def measure(self, data: Any, pl_module: Any, folder: Path, *, ranks: RankWorkers, step: int) -> dict[str, float]:
+        """Each metric's values, the same on every rank; a folder that holds an evaluation already is made empty."""
+        evaluation = self._prepared(data)
+        if ranks.rank == 0:
+            clear(folder)
+            for name in ("plan.json", "evaluation.json"):
+                (folder / name).unlink(missing_ok=True)
+        ranks.barrier()
 
-    def _see_reals(self, data: Any, device: torch.device) -> None:
-        if self._knows_reals or not self.distances:
-            return
-        source: Any = self.reference or data
-        for batch in source.iterate_once("validation", self.batch_size):
-            if "image" not in batch:
-                raise ValueError(
-                    "got validation samples without images as the real ones of a Fréchet distance, expected images; "
-                    "set callback.sample_metrics.reference to a data module that has them"
-                )
-            for distance in self.distances.values():
-                distance.update(batch["image"].to(device), real=True)
-        self._knows_reals = True
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+            pictures: list[Image] = pl_module.sample(prompts, seeds=seeds, **self.sampling)
+            return pictures
 
-    def _see_generated(self, images: Tensor, numbers: Tensor) -> None:
-        for distance in self.distances.values():
-            distance.update(images, real=False)
-        for score in self.scores.values():
-            score.update(images, index=numbers)
+        subject = Subject(folder, pl_module.device, self._about(pl_module, step), ranks)
+        found = evaluation.of_samples(draw, subject)
+        return self._logged(found)
 
-    def _prompts(self, data: Any) -> Iterator[tuple[list[int], list[str]]]:
-        """Batches of (picture numbers, captions) for this rank's share of the validation samples."""
-        num_samples = len(data.dataset("validation"))
-        for batch in data.iterate_once("validation", self.batch_size):
-            spread = [
-                range(*(place * self.num_images // num_samples for place in (i, i + 1)))
-                for i in batch["index"].tolist()
-            ]
-            numbers = [int(number) for pictures in spread for number in pictures]
-            captions = [caption for caption, pictures in zip(batch["caption"], spread, strict=True) for _ in pictures]
-            if numbers:
-                yield numbers, captions
+    def _logged(self, found: Mapping[str, float]) -> dict[str, float]:
+        """What is logged of the figures: of a metric's several parts the first by the metric's name alone."""
+        values: dict[str, float] = {}
+        for name in self.metrics:
+            parts = {key: value for key, value in found.items() if key.partition("/")[0] == name}
+            first, *others = parts
+            values[name] = parts[first]
+            values |= {key: parts[key] for key in others}
+        return values
+
+    def _about(self, pl_module: Any, step: int) -> dict[str, Any]:
+        settings = getattr(pl_module, "sampling", None)
+        described = describe_settings(_replaced(settings, self.sampling)) if settings is not None else {}
+        decay = getattr(getattr(pl_module, "ema", None), "decay", None)
+        return {**described, "checkpoint": {"path": None, "sha256": None, "step": step}, "ema": decay}
+
+    def _prepared(self, data: Any) -> Evaluation:
+        if self._evaluation is None:
+            given = self.prompts
+            prompts = caption_prompts(data) if given is None else [_as_prompt(prompt) for prompt in given]
+            self._evaluation = Evaluation(
+                metrics=self.metrics,
+                prompts=prompts,
+                prompts_source="validation captions" if given is None else "the callback's prompts",
+                reference=data if self.reference is None else self.reference,
+                num_samples=self.num_images,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                shard_size=self.batch_size,
+                feature_batch_size=self.feature_batch_size,
+                num_workers=self.num_workers,
+                keep_images=self.keep_images,
+            )
+        return self._evaluation
+
+    def _place(self, trainer: pl.Trainer) -> Path:
+        """The folder of this step's evaluation; one that goes after training where none is to be kept."""
+        if self.folder is None:
+            if trainer.global_rank == 0:
+                self._scratch = TemporaryDirectory(prefix="ldm-evaluation-")
+            self.folder = Path(str(trainer.strategy.broadcast(self._scratch.name if self._scratch else None)))
+        return self.folder / f"step={trainer.global_step:06d}"
 
 
-def from_pil(pictures: list[Image]) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] from RGB pictures of one size."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return rearrange(pixels, "b h w c -> b c h w").float() / 127.5 - 1
+def _as_prompt(prompt: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"prompt": prompt} if isinstance(prompt, str) else prompt
+
+
+def _replaced(settings: Any, changes: Mapping[str, Any]) -> Any:
+    names = {field.name for field in fields(settings)}
+    return replace(settings, **{name: value for name, value in changes.items() if name in names})

@@ -59,8 +59,9 @@ class Tiny(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def sample(self, prompts, *, seeds):
+    def sample(self, prompts, *, seeds, **settings):
         self.sampled.append((list(prompts), list(seeds)))
+        self.settings = settings
         return [Image.new("RGB", (8, 8), (seed % 256, 0, 0)) for seed in seeds]
 
     def sample_trajectory(self, prompt, *, seed):
@@ -91,11 +92,10 @@ def fit(tmp_path: Path):
             max_steps=max_steps,
             max_epochs=-1,
             callbacks=callbacks,
-            enable_checkpointing=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=tmp_path,
-            **({"enable_progress_bar": False} | defaults | settings),
+            **({"enable_progress_bar": False, "enable_checkpointing": False} | defaults | settings),
         )
         trainer.fit(module, data)
         return trainer

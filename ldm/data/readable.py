@@ -1,0 +1,110 @@
+"""What of a set of shards can be read: whole samples of shards that were cut off, and no sample without a payload."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldm.data.faults import Fault
+from ldm.data.index_file import open_index, read_index
+from ldm.data.shards import (
+    IMAGE_SUFFIXES,
+    BrokenTarError,
+    ShardIndex,
+    index_members,
+    resolve_shards,
+    scan_members,
+    split_name,
+)
+
+if TYPE_CHECKING:
+    from ldm.data.remote import ShardCache
+
+# How many unusable shards one message names.
+MAX_NAMED = 5
+
+
+def open_readable(
+    shards: str | os.PathLike[str] | Sequence[str], *, bad_shards: str = "refuse", remote: "ShardCache | None" = None
+) -> tuple[list[ShardIndex], list[Fault]]:
+    """Return the indices of all shards that can be read, and what is wrong with those that cannot, or not to the end.
+
+    A shard that was cut off is read up to its last whole sample. What to do with any other that is no whole tar says
+    `bad_shards`: "refuse" raises one ValueError that names them, "skip" leaves them out.
+    """
+    if bad_shards not in ("refuse", "skip"):
+        raise ValueError(f"data.bad_shards: got {bad_shards!r}, expected refuse or skip")
+    indices: list[ShardIndex] = []
+    faults: list[Fault] = []
+    unusable: list[str] = []
+    for path in remote.locate(shards) if remote else resolve_shards(shards):
+        try:
+            index, found = remote.open_index(path) if remote else open_whole_samples(path)
+            indices.append(index)
+            faults += found
+        except ValueError as error:
+            unusable.append(str(error))
+            kind = error.kind if isinstance(error, BrokenTarError) else "repeated_member"
+            faults.append(Fault(str(path), "", kind, str(error).removeprefix(f"{path}: ")))
+    if unusable and (bad_shards == "refuse" or not indices):
+        raise ValueError(_refusal(unusable, left_out=bad_shards == "skip"))
+    return indices, faults
+
+
+def open_whole_samples(path: Path) -> tuple[ShardIndex, list[Fault]]:
+    """Return a shard's index, of its whole samples where it was cut off, and the fault that tells so.
+
+    Raises ValueError for a file that is no tar, is broken in its middle, holds a member twice, or has no whole sample.
+    """
+    kept = read_index(path)
+    if kept is not None:
+        return kept, []
+    try:
+        return open_index(path), []
+    except BrokenTarError as error:
+        if error.kind != "truncated_tar":
+            raise
+        index = _whole_samples(path)
+        if not len(index):
+            raise
+        reason = f"{str(error).removeprefix(f'{path}: ')}; {len(index)} samples before the cut are read"
+        return index, [Fault(str(path), "", "truncated_tar", reason)]
+
+
+def drop_without_payload(shards: Sequence[ShardIndex]) -> tuple[list[ShardIndex], list[Fault]]:
+    """Return the shards without samples that have neither an image nor moments, and a fault for each of these."""
+    indices, faults = [], []
+    for shard in shards:
+        has_payload = shard.has_any([*IMAGE_SUFFIXES, "npy"])
+        if has_payload.all():
+            indices.append(shard)
+            continue
+        indices.append(shard.select(np.flatnonzero(has_payload)))
+        for row in np.flatnonzero(~has_payload).tolist():
+            reason = f"got {sorted(shard.members(row))}, expected an image or moments"
+            faults.append(Fault(str(shard.path), shard.keys[row], "no_image", reason))
+    return indices, faults
+
+
+def _whole_samples(path: Path) -> ShardIndex:
+    """Return the index of a shard that was cut off, without the sample inside which it ends."""
+    members: list[tuple[str, int, int]] = []
+    cut = ""
+    try:
+        for member in scan_members(path):
+            members.append(member)
+    except BrokenTarError as error:
+        # A cut inside a header leaves no name, and it may have been of one more member of the last sample.
+        cut = split_name(error.member or members[-1][0])[0] if error.member or members else ""
+    return index_members(path, [member for member in members if split_name(member[0])[0] != cut])
+
+
+def _refusal(unusable: Sequence[str], *, left_out: bool) -> str:
+    more = f"; and {len(unusable) - MAX_NAMED} more" if len(unusable) > MAX_NAMED else ""
+    named = "; ".join(unusable[:MAX_NAMED])
+    if len(unusable) == 1 and not left_out:
+        return named
+    remedy = "expected some that can be read" if left_out else "or set data.bad_shards=skip to leave them out"
+    return f"{len(unusable)} shards cannot be read: {named}{more}; {remedy}"

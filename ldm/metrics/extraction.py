@@ -1,0 +1,94 @@
+"""Features for many metrics at once: every network sees every image once, whoever asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from ldm.metrics.features import as_seen, describe_network
+
+
+def share_networks(metrics: Iterable[Metric]) -> dict[str, nn.Module]:
+    """The feature networks of metrics by `network_key`; equal ones become one, whose copies the metrics let go of.
+
+    A metric that can be fed with features has `see`, and `network_name`, the attribute that holds its network.
+    """
+    networks: dict[str, nn.Module] = {}
+    for metric in metrics:
+        name = getattr(metric, "network_name", None)
+        if name is not None:
+            network = getattr(metric, name)
+            setattr(metric, name, networks.setdefault(network_key(network), network))
+    return networks
+
+
+def network_of(metric: Any) -> nn.Module | None:
+    """The feature network of a metric, or None where it takes images alone."""
+    name = getattr(metric, "network_name", None)
+    return None if name is None else getattr(metric, name)
+
+
+def network_key(network: nn.Module) -> str:
+    """A file name for a network's features: equal for equal networks with equal settings."""
+    description = describe_network(network)
+    # One that does not describe itself may differ in more than its class and its tensors.
+    own = "" if hasattr(network, "describe") else f"{network!r}{_settings(network)}"
+    text = json.dumps(description, sort_keys=True, default=str) + own
+    name = re.sub(r"[^A-Za-z0-9]+", "_", str(description.get("network", type(network).__name__)).rpartition(".")[2])
+    return f"{name.strip('_')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@torch.no_grad()
+def extract(networks: Mapping[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
+    """Features (B, D) by key of images (B, 3, H, W) in [-1, 1]; networks of one trunk share their pass."""
+    seen = as_seen(images)
+    groups: dict[str, list[str]] = {}
+    for key, network in networks.items():
+        groups.setdefault(getattr(network, "trunk", key), []).append(key)
+    found: dict[str, Tensor] = {}
+    for keys in groups.values():
+        first: Any = networks[keys[0]]
+        if len(keys) > 1:
+            outputs = [str(networks[key].output) for key in keys]
+            found |= dict(zip(keys, first.several(seen, outputs), strict=True))
+        else:
+            found[keys[0]] = getattr(first, "embed_images", first)(seen)
+    return found
+
+
+def feed(metric: Any, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+    """Shows features (B, D) to a metric, which then counts as updated.
+
+    Args:
+        batch: what belongs to the images besides: "index" (B,), "prompt" (a list), labels (B,).
+    """
+    metric.see(features, batch, real=real)
+    metric._update_count += 1
+    metric._computed = None
+
+
+def figures(metric: Any) -> dict[str, float]:
+    """What a metric found, by the names of its parts; "" is the name of a single value."""
+    found = metric.compute()
+    if isinstance(found, Mapping):
+        return {name: float(value) for name, value in found.items()}
+    if isinstance(found, tuple):
+        return {name: float(value) for name, value in zip(metric.parts, found, strict=True)}
+    return {"": float(found)}
+
+
+def _settings(network: nn.Module) -> list[str]:
+    """The numbers and names among the attributes of a module and of its parts."""
+    return [
+        f"{place}.{name}={value}"
+        for place, module in network.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, str | int | float) and name != "training"
+    ]

@@ -1,0 +1,87 @@
+"""`ldm plan` and `ldm train +memory`, as typed; published throughput within the error that is stated."""
+
+from pathlib import Path
+
+import pytest
+from cli_helpers import read_json
+
+from ldm.cli import plan_published
+from ldm.cli.main import main
+
+TINY = ["experiment=quickstart", "trainer.precision=bf16-mixed"]
+
+
+def test_a_plan_says_batch_memory_time_and_hours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert main(["plan", *TINY, "gpus=16", "hardware=h100", "interconnect=infiniband_hdr", f"out={out}"]) == 0
+    said, found = capsys.readouterr().out, read_json(out)
+
+    assert "32 = 16 GPUs x 2 at once x 1 accumulated" in said
+    assert "trainer.devices=8 trainer.num_nodes=2 data.batch_size=32 trainer.accumulate_grad_batches=1" in said
+    assert "16 x H100, 2 nodes, InfiniBand HDR" in said
+    assert found["parameters"]["network"] == 1080324
+    assert found["memory"]["fits"] is True
+    assert found["hours"] == pytest.approx(4000 * found["seconds"]["step"] / 3600)
+    assert found["gpu_hours"] == pytest.approx(16 * found["hours"])
+    assert found["batch"]["micro"] * found["gpus"] * found["batch"]["accumulate"] == 32
+    assert f"errs by {plan_published.MEDIAN_ERROR:.0%} in the median" in said
+
+
+def test_training_says_its_memory_and_does_not_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "data.batch_size=64", "trainer.accumulate_grad_batches=2", "+memory"]) == 0
+    said = capsys.readouterr().out
+    assert "128 = 1 GPUs x 64 at once x 2 accumulated" in said
+    assert "A100 40 GB" in said and "B200" in said and "activations" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["gpus=7"], "gpus: got 7, expected a divisor of the global batch 32"),
+        (["gpus=0"], "gpus: got 0, expected a whole number from 1 on"),
+        (["hardware=h10"], "did you mean h100?"),
+        (["interconnect=infiniband"], "did you mean infiniband_"),
+        (["hardware.bf16=-1"], "hardware.bf16: got -1, expected a positive number"),
+        (["trainer.precision=bf16"], "trainer.precision: got bf16, expected one of 32"),
+        (["stack=egger"], "did you mean eager?"),
+        (["latents=perhaps"], "latents: got perhaps, expected auto, precomputed or encoded"),
+        (["micro_batch=5"], "micro_batch: got 5, expected a divisor of 32"),
+        (["experiment=digits_classifier"], "expected latent diffusion or an autoencoder"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_an_autoencoder_is_planned_with_both_of_its_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=digits_autoencoder"]) == 0
+    said = capsys.readouterr().out
+    assert "discriminator" in said and "GPU-hours" in said
+
+
+@pytest.mark.slow
+def test_published_throughput_is_met_within_the_stated_error() -> None:
+    found = plan_published.compare()
+    middle, worst = plan_published.errors(found)
+    fitted = [one.error for one in found if one.row.fitted]
+
+    assert len(fitted) == 3
+    assert all(abs(error) < 0.01 for error in fitted)
+    assert round(middle, 2) == plan_published.MEDIAN_ERROR
+    assert round(worst, 2) == plan_published.WORST_ERROR
+    stable_diffusion = [abs(one.error) for one in found if one.row.source != "NeMo" and not one.row.fitted]
+    assert sorted(stable_diffusion)[-2] < 0.2
+
+
+@pytest.mark.slow
+def test_encoding_while_training_costs_about_what_was_published() -> None:
+    # MosaicML: 1.4 times the time.
+    assert plan_published.encoding_ratio(256) == pytest.approx(1.4, abs=0.1)
+    assert plan_published.encoding_ratio(512) == pytest.approx(1.4, abs=0.15)

@@ -1,0 +1,119 @@
+"""`+scale=tiny`: a card of each family trains in miniature, chain and all; and `ldm reproduce` goes to its verdict."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cli_helpers import only, read_json
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from ldm.cli.compose import compose_command, conf_folder
+from ldm.cli.errors import UserError
+from ldm.cli.main import main
+from ldm.cli.reproduce import half_width, judge
+from ldm.cli.reproduce_evaluation import option_of, sampling_words
+
+# One of each kind of condition, first stage and chain; benchmarks/papers.py trains them all.
+FAMILIES = [
+    *("celebahq_ldm1", "ldm8_churches", "ldm4_imagenet", "ldm4_text2img", "ldm4_layout", "ldm4_sr", "ldm4_inpainting"),
+    *("ldm4_semantic_512", "sd1_1", "sd2_depth", "sd2_inpainting", "sd2_x4", "vq_f2", "kl_f32"),
+]
+
+
+@pytest.fixture
+def hydra() -> Iterator[None]:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+def test_widths_shrink_and_what_makes_a_model_what_it_is_stays(hydra: None) -> None:
+    whole = compose_command("train", ["experiment=paper/sd2_inpainting"])
+    small = compose_command("train", ["experiment=paper/sd2_inpainting", "+scale=tiny"])
+    for key in ("in_channels", "out_channels", "attention_resolutions", "use_linear_projection"):
+        assert small.network[key] == whole.network[key]
+    assert (small.network.model_channels, small.network.context_dim) == (32, 32)
+    targets = [part["_target_"] for part in small.conditioner.conditioners]
+    assert targets == ["ldm.conditioners.OpenCLIPText", "ldm.conditioners.MaskedImage"]
+    assert list(small.requires) == ["shard dataset=tiny", *whole.requires]
+    assert small.optimizer == whole.optimizer and small.schedule == whole.schedule
+    assert OmegaConf.to_container(small, resolve=False)["start_from"] == "${result:paper_sd2_base}"
+
+
+def test_a_run_without_a_card_is_not_shrunk(hydra: None) -> None:
+    with pytest.raises(UserError, match="scale: got tiny for quickstart, expected an experiment with a paper card"):
+        compose_command("train", ["+scale=tiny"])
+
+
+def test_a_protocol_becomes_overrides_of_evaluate(hydra: None) -> None:
+    protocol = {"sampler": {"name": "DDIM", "eta": 1.0}, "steps": 200, "guidance": {"scale": 1.5}, "image_size": [8, 8]}
+    assert sampling_words(protocol, is_small=False) == [
+        *("sampler=ddim", "sampler.eta=1.0", "guidance.scale=1.5", "steps=200", "image_size=[8, 8]")
+    ]
+    assert option_of("sampler", "PLMS") == "plms"
+    with pytest.raises(UserError, match=r"card\.protocol.sampler: got Magic, expected a class of conf/sampler"):
+        option_of("sampler", "Magic")
+
+
+def test_a_figure_passes_where_its_interval_reaches_what_was_published() -> None:
+    def verdict(values: list[float], *, higher: bool = False, tolerance: float | None = None) -> str:
+        return str(judge(5.11, values, higher=higher, confidence=0.95, tolerance=tolerance)["verdict"])
+
+    # Student's t with two degrees of freedom: 4.303 standard errors.
+    assert half_width([5.0, 5.2, 5.4], 0.95) == pytest.approx(4.3027 * 0.2 / 3**0.5, rel=1e-4)
+    assert verdict([5.0, 5.2, 5.4]) == "PASS"
+    assert verdict([5.115]) == "PASS" and verdict([5.12]) == "FAIL" and verdict([5.10]) == "BETTER"
+    assert verdict([5.3, 5.31, 5.32]) == "FAIL" and verdict([5.3, 5.31, 5.32], tolerance=0.05) == "PASS"
+    assert verdict([5.3, 5.31, 5.32], higher=True) == "BETTER" and verdict([float("nan")]) == "FAIL"
+
+
+@pytest.mark.slow
+def test_a_card_of_each_family_trains_in_miniature(folder: Path) -> None:
+    for name in FAMILIES:
+        assert main(["train", f"experiment=paper/{name}", "+scale=tiny"]) == 0, name
+    finished = {path.parent.parent.name for path in folder.glob("runs/tiny/*/*/result.json")}
+    assert finished >= {f"paper_{name}" for name in FAMILIES} | {"paper_sd2_256", "paper_vq_f4", "tiny"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("ldm8_churches", {"fid", "inception_score", "precision", "recall"}),
+        ("ldm4_sr", {"fid", "inception_score", "psnr", "ssim"}),
+        ("vq_f16", {"rfid", "inception_score", "psnr", "ssim"}),
+    ],
+)
+def test_reproducing_ends_in_a_verdict_a_figure(
+    folder: Path, name: str, figures: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", name, "+scale=tiny", "reproduce.seeds=2"]) == 0
+    said = capsys.readouterr().out
+    assert "this was a miniature, whose verdicts mean nothing" in said
+    run = only(folder, f"runs/tiny/paper_{name}/*")
+    found = read_json(run / "reproduction.json")
+    assert {one["figure"] for one in found["verdicts"]} == figures
+    assert {one["verdict"] for one in found["verdicts"]} <= {"PASS", "FAIL", "BETTER"}
+    assert all(line.startswith("card: ") for line in found["protocol_differences"])
+    # The same command finds everything done, and says the same.
+    assert main(["reproduce", name, "+scale=tiny", "reproduce.seeds=2"]) == 0
+    assert "sampled" not in capsys.readouterr().out
+    assert json.loads((run / "reproduction.json").read_text()) == found
+
+
+def test_mistakes_are_one_line_each(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*words: str) -> str:
+        assert main(["reproduce", *words]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    checks: list[Callable[[], bool]] = [
+        lambda: "quickstart, which has no paper card" in fails(),
+        lambda: "reproduce.seeds: got 0, expected at least 1" in fails("ldm4_ffhq", "reproduce.seeds=0"),
+        lambda: "reproduce.confidence: got 2, expected between" in fails("ldm4_ffhq", "reproduce.confidence=2"),
+    ]
+    assert all(check() for check in checks)

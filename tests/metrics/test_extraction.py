@@ -1,0 +1,99 @@
+from copy import copy
+
+import pytest
+import torch
+from metric_helpers import Pixels, images, random_inception
+from torch import nn
+from torch.testing import assert_close
+
+from ldm.metrics import (
+    ClassAccuracy,
+    CLIPScore,
+    FrechetDistance,
+    InceptionFeatures,
+    InceptionScore,
+    KernelDistance,
+    PrecisionRecall,
+    extract,
+    feed,
+    network_key,
+    share_networks,
+)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    random_inception(path)
+    return InceptionFeatures(path)
+
+
+def test_equal_networks_of_several_metrics_become_one() -> None:
+    metrics = [FrechetDistance(Pixels()), KernelDistance(Pixels()), PrecisionRecall(Pixels(5))]
+    networks = share_networks(metrics)
+    assert len(networks) == 2
+    assert metrics[0].features is metrics[1].features is not metrics[2].features
+
+
+def test_networks_that_differ_in_a_setting_alone_have_keys_of_their_own() -> None:
+    one, other = nn.AvgPool2d(2), nn.AvgPool2d(3)
+    assert network_key(one) == network_key(nn.AvgPool2d(2)) != network_key(other)
+
+
+@pytest.mark.slow
+def test_outputs_of_one_inception_come_out_of_one_pass(inception) -> None:
+    networks = {output: copy(inception) for output in ("2048", "spatial", "logits_unbiased")}
+    for output, network in networks.items():
+        network.output = output
+    pictures = images(1, side=32)
+    expected = {output: network(pictures) for output, network in networks.items()}
+    passes = []
+    inception.network.Mixed_5b.register_forward_hook(lambda *_: passes.append(1))
+    assert_close(extract(networks, pictures), expected, rtol=1e-6, atol=1e-6)
+    assert len(passes) == 1
+    other = copy(networks["2048"])
+    other.resize = "bicubic"
+    # Another resizing is another network, and a pass of its own.
+    assert network_key(other) != network_key(networks["2048"])
+    assert other.trunk != networks["2048"].trunk
+
+
+def test_fed_with_features_every_metric_has_the_value_that_images_give() -> None:
+    pictures, places = images(20), torch.arange(20)
+    batch = {"index": places, "prompt": ["ab"] * 20, "class_label": places % 4}
+    cases = [
+        (FrechetDistance(Pixels()), {"real": False}, {"real": True}),
+        (KernelDistance(Pixels(), subset_size=9), {"index": places, "real": False}, {"index": places, "real": True}),
+        (InceptionScore(Pixels(), splits=2), {"index": places}, None),
+        (ClassAccuracy(Pixels()), {"labels": places % 4}, None),
+    ]
+    for metric, generated, real in cases:
+        metric.update(pictures, **generated)
+        features = extract({"pixels": Pixels()}, pictures)["pixels"]
+        other = extract({"pixels": Pixels()}, -pictures)["pixels"]
+        if real is not None:
+            metric.update(-pictures, **real)
+        expected = metric.compute()
+        metric.reset()
+        feed(metric, features, batch, real=False)
+        if real is not None:
+            feed(metric, other, batch, real=True)
+        assert_close(metric.compute(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_prompt_that_many_images_share_is_read_once() -> None:
+    from metric_helpers import Words
+
+    words = Words()
+    texts = []
+    embed = words.embed_texts
+    words.embed_texts = lambda prompts: texts.append(list(prompts)) or embed(prompts)
+    score = CLIPScore(words)
+    score.update(images(6), ["ab", "cd", "ab", "ab", "cd", "ab"])
+    expected = [CLIPScore(Words()) for _ in range(6)]
+    assert texts == [["ab", "cd"]]
+    total = 0.0
+    for i, single in enumerate(expected):
+        single.update(images(6)[i : i + 1], [["ab", "cd", "ab", "ab", "cd", "ab"][i]])
+        total += single.compute().item() / 6
+    assert score.compute().item() == pytest.approx(total, rel=1e-9)
