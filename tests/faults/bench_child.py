@@ -186,10 +186,17 @@ class Ranked:
         """Waits for its end and ends what it leaves behind; one that takes longer is killed, which shows as -9."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds * slowness())
-        took = time.monotonic() - self.started
+        took, is_late = time.monotonic() - self.started, self.process.poll() is None
+        if is_late:
+            # torchrun's ranks are in groups of their own, and end with it only if it is asked.
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(40)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        return Outcome(self.process.wait(), self.output.read_text(errors="replace"), took)
+        code = -signal.SIGKILL if is_late else self.process.wait()
+        self.process.wait()
+        return Outcome(code, self.output.read_text(errors="replace"), took)
 
 
 def checkpoints(run: Path) -> list[int]:
