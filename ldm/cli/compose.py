@@ -63,7 +63,7 @@ def checked(command: str, config: DictConfig, overrides: Sequence[str], *, choic
     check_overrides(command, overrides, config)
     if "name" in config and config.name is None:
         config.name = choices.get("experiment") or choices.get("dataset")
-    if config.get("scale"):
+    if command != "sample" and config.get("scale"):  # a task of sampling has a scale of its own
         from ldm.cli.tiny import shrink
 
         shrink(config)

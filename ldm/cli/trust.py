@@ -8,7 +8,7 @@ from typing import Any
 # Packages whose classes only compute. Functions are not among them but for those below: some of ours write files.
 PACKAGES = (
     *("ldm.autoencoders", "ldm.conditioners", "ldm.data", "ldm.diffusion", "ldm.generation", "ldm.metrics"),
-    *("ldm.networks", "ldm.samplers", "ldm.training", "torch.nn", "torch.optim", "torchmetrics"),
+    *("ldm.networks", "ldm.samplers", "ldm.training", "torch.nn", "torch.optim", "torchmetrics", "bitsandbytes.optim"),
 )
 FUNCTIONS = (
     "ldm.data.digits.evaluation_prompts",

@@ -30,7 +30,7 @@ def test_an_evaluation_leaves_a_page_with_strips_and_neighbours(run: Path) -> No
     page = only(run, "evaluations/*/report.html")
     html = page.read_text()
     assert len(list((page.parent / "strips").glob("*.webp"))) == 4
-    for told in ("x_0 predictions after steps 1, 2 of 2", "real image ", "guidance.scale", "fid"):
+    for told in ("x_0 predictions after steps 1, 2 of 2", "training image ", "guidance.scale", "fid"):
         assert told in html
     before = page.parent.joinpath("strips/00000000.webp").stat().st_mtime_ns
     assert main(["evaluate", *METRICS, f"checkpoint={run}", "guidance.scale=3"]) == 0
