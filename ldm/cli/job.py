@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.cli.compose import checked, conf_folder, config_name, explain_after_shutdown, group_options
-from ldm.cli.console import INTERRUPTED, PREEMPTED, USER_ERROR, complain, heading, rank
+from ldm.cli.console import INTERRUPTED, PREEMPTED, USER_ERROR, complain, heading, rank, say
 from ldm.cli.errors import Interrupted, RunFailed, UserError
 from ldm.cli.job_elsewhere import gather, sweep_folder, telling
 from ldm.cli.plan import as_plan, asks_for_memory
@@ -51,6 +51,8 @@ WITH_VALUE = (
 )
 # How long the other ranks leave it to the first one to say a mistake.
 FIRST_RANK_SECONDS = 3.0
+# Commands that leave finished pieces behind; `ldm train` and `ldm sweep` say themselves how they go on.
+GOING_ON = ("shard", "data encode", "evaluate")
 # The last part of keys that hold a condition, which is text too: filter.where, filters.mine.where.
 CONDITION = "where"
 
@@ -74,6 +76,8 @@ def run(command: str, arguments: list[str]) -> int:
         _complain_once(explain_after_shutdown(error, command, overrides, config_dir=options.config_dir))
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
+        if command in GOING_ON and rank() == 0:
+            say("stopped; the same command goes on from here")
         # Lightning kills everything when a process that it started itself ends with another code than 0.
         return 0 if rank() else PREEMPTED if isinstance(interrupt, Interrupted) else INTERRUPTED
     return job.code
