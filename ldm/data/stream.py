@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dataset import Item, ShardDataset
 from ldm.data.decoding import IMAGE_SUFFIXES, CorruptSampleError, UnreachableError
 from ldm.data.faults import KINDS, Fault
+from ldm.data.indices import ShardIndices
 from ldm.data.ledger import BadDataError
 from ldm.data.remote import ShardCache
-from ldm.data.shards import ShardIndex
 from ldm.data.stream_sources import RawSample, file_samples, is_pipe, no_sample, pipe_samples
 from ldm.data.substitutes import Read
-from ldm.data.worker_signals import outlive_stop
+from ldm.data.worker_signals import WorkerLoader
 
 # How many bad samples in a row, or shards without a good one, end a stream.
 MAX_BAD_IN_A_ROW = 256
@@ -82,12 +82,12 @@ class StreamedSample(ShardDataset):
             reason = f"got {sorted(raw.members)}, expected an image or moments, as in the first sample"
             raise CorruptSampleError(f"{raw.shard}: {raw.key}: {reason}", kind="no_image", reason=reason)
         self._raw = raw
-        self.shards = [raw.index]
+        self.shards.replace(0, raw.index)
         number = zlib.crc32(f"{raw.shard}\n{raw.key}".encode(errors="surrogateescape"))
         return self.read((position, number, epoch))
 
     def _open(self, shards: Any, **_: Any) -> None:
-        self.shards: list[ShardIndex] = [self._raw.index]
+        self.shards.append(self._raw.index)
         self.group_sizes = [1]
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -109,6 +109,7 @@ class ShardStream:
         cache: ShardCache | None,
         seed: int,
         missing_caption: str,
+        bad_shards: str,
         assemble: Callable[[Iterator[Item], int], Item],
         **options: Any,
     ) -> None:
@@ -118,10 +119,11 @@ class ShardStream:
         self.cache = cache
         self.seed = seed
         self.missing_caption = missing_caption
+        self.bad_shards = bad_shards
         self.assemble = assemble
         self.index_faults: list[Fault] = []
-        self.shards: list[ShardIndex] = []  # which a checkpoint would compare
-        first = next((raw for source in self.sources for raw in self._samples(source, lambda fault: None)), None)
+        self.shards = ShardIndices()  # which a checkpoint would compare
+        first = next((raw for source in self.sources for raw in self._samples(source, self.check)), None)
         if first is None:
             raise no_sample(self.sources[0])
         self.sample = StreamedSample(first, seed=seed, **options)
@@ -135,6 +137,12 @@ class ShardStream:
         """Say that a place in a stream means nothing but itself, whatever the shards."""
         return "stream"
 
+    def check(self, fault: Fault) -> None:
+        """Raise BadDataError for a shard that is no whole tar, unless such shards are to be skipped."""
+        if self.bad_shards == "refuse" and KINDS[fault.kind].outcome == "refused":
+            told = f"{fault.shard}: {fault.kind} ({fault.reason})"
+            raise BadDataError(f"{told}; write the shard again, or set data.bad_shards=skip to read past such shards")
+
     def batches(
         self, position: int, *, batch_size: int, rank: int, world_size: int, num_workers: int
     ) -> Iterator[Read]:
@@ -144,13 +152,8 @@ class ShardStream:
         """
         per_rank = batch_size // world_size
         worker = _Batches(self, per_rank, (self.seed, position, rank))
-        loader: DataLoader[Read] = DataLoader(
-            worker,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),
-            worker_init_fn=outlive_stop,
+        loader: WorkerLoader[Read] = WorkerLoader(
+            worker, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
         )
         start = position + rank * per_rank
         for read in loader:
@@ -198,7 +201,12 @@ class _Batches(IterableDataset[Read]):
     def __iter__(self) -> Iterator[Read]:
         worker = get_worker_info()
         read = Read()
-        raws = self.stream.raw_samples((*self.draws, worker.id if worker else 0), lambda f: read.faults.append((0, f)))
+
+        def note(fault: Fault) -> None:
+            self.stream.check(fault)
+            read.faults.append((0, fault))
+
+        raws = self.stream.raw_samples((*self.draws, worker.id if worker else 0), note)
         while True:
             try:
                 read.batch = self.stream.assemble((self._good(raws, read) for _ in range(self.size)), self.size)

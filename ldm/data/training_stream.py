@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.dataset import Item
@@ -14,7 +13,7 @@ from ldm.data.prefetch import Prefetch
 from ldm.data.stream import ShardStream
 from ldm.data.substitutes import GoodSamples, Read
 from ldm.data.thread_loader import ThreadLoader
-from ldm.data.worker_signals import is_death_of_worker, noticing_deaths_late, outlive_stop
+from ldm.data.worker_signals import WorkerLoader, is_death_of_worker
 
 if TYPE_CHECKING:
     from ldm.data.datamodule import ShardDataModule
@@ -115,8 +114,7 @@ class TrainingStream:
             rank=module.rank,
             world_size=module.world_size,
         )
-        with noticing_deaths_late():
-            self._batches = iter(module._loader(self._dataset, batches, substitutes=True))
+        self._batches = iter(module._loader(self._dataset, batches, substitutes=True))
         self._next_position = position
         if self._prefetch is not None:
             self._prefetch.advance(position)
@@ -148,6 +146,7 @@ class TrainingStream:
         too_bad = module.ledger.is_too_bad(num_read=num_read, num_samples=num_samples)
         if module.world_size > 1:
             too_bad = trainer.strategy.reduce_boolean_decision(too_bad, all=False)
+            module.ledger.refresh()  # by now everybody has written what decided
         if too_bad:
             raise module.ledger.error(num_read=num_read, num_samples=num_samples)
 
@@ -178,14 +177,12 @@ def make_loader(
     dataset: GoodSamples, batches: Iterable[list[tuple[int, int, int]]], *, num_workers: int
 ) -> DataLoader[Read]:
     """Return a loader of these batches that leaves the global random state alone."""
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # whose items are never asked for one by one
+    return WorkerLoader(
+        dataset,  # whose items are never asked for one by one
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_read,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),
-        worker_init_fn=outlive_stop,
     )
 
 

@@ -6,17 +6,33 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+Batch = TypeVar("Batch", covariant=True)
+
+
+class WorkerLoader(DataLoader[Batch]):
+    """A DataLoader whose workers outlive signals, and which leaves the global random state alone."""
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, generator=torch.Generator(), worker_init_fn=outlive_stop, **options)
+
+    def __iter__(self) -> Any:
+        with starting_workers():
+            return super().__iter__()
 
 
 def outlive_stop(worker: int) -> None:
-    """Keep this worker at work when a terminal or a cluster signals all processes of a run; a `worker_init_fn`.
+    """Keep this worker at work when a terminal or a cluster signals all processes of a run.
 
     Without it the workers die at once, and the trainer with them, before it has saved anything. SIGTERM of the trainer,
     which is how a loader ends a worker, still ends it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -28,19 +44,22 @@ def _wait_for_parent(parent: int) -> None:
 
 
 @contextmanager
-def noticing_deaths_late() -> Iterator[None]:
-    """While a loader starts its workers: a later death of one is noticed by the loader when it waits for a batch.
+def starting_workers() -> Iterator[None]:
+    """While a loader starts its workers: they block SIGTERM from their first moment on, and die unnoticed at first.
 
-    The loader would otherwise raise it wherever the trainer then is, in the middle of an optimizer step for one.
+    Else a thread that a library starts in a forked worker at once, as OpenTelemetry's does, takes the signal that
+    `outlive_stop` blocks. And the loader would raise the death of a worker wherever the trainer then is, in the middle
+    of an optimizer step for one, instead of when it waits for a batch.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        if is_main:
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def is_death_of_worker(error: RuntimeError) -> bool:

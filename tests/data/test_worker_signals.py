@@ -3,23 +3,36 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from torch.utils.data import DataLoader
 
-from ldm.data.worker_signals import outlive_stop
+from ldm.data.worker_signals import WorkerLoader
+
+LIBRARY = {"is_there": False}
 
 
-@pytest.fixture
-def loader() -> Iterator[tuple[DataLoader, Iterator]]:
-    """A loader of one worker that has given its first item."""
-    loader = DataLoader(range(1000), batch_size=None, num_workers=1, prefetch_factor=1, worker_init_fn=outlive_stop)
+def begin_a_thread() -> None:
+    """What OpenTelemetry does in a process that was just forked."""
+    if LIBRARY["is_there"]:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+os.register_at_fork(after_in_child=begin_a_thread)
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "with a thread of a library"])
+def loader(request: pytest.FixtureRequest) -> Iterator[tuple[WorkerLoader, Iterator]]:
+    """A loader of one worker that has given its first item; in its process a library may have begun a thread."""
+    LIBRARY["is_there"] = request.param
+    loader = WorkerLoader(range(1000), batch_size=None, num_workers=1, prefetch_factor=1)
     batches = iter(loader)
     assert next(batches) == 0
     yield loader, batches
     batches._shutdown_workers()
+    LIBRARY["is_there"] = False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
