@@ -13,7 +13,8 @@ TINY = ["experiment=quickstart", "trainer.precision=bf16-mixed"]
 
 def test_a_plan_says_batch_memory_time_and_hours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
-    assert main(["plan", *TINY, "gpus=16", "hardware=h100", "interconnect=infiniband_hdr", f"out={out}"]) == 0
+    machines = ["gpus=16", "hardware=h100", "interconnect=infiniband_hdr"]
+    assert main(["plan", *TINY, *machines, "trainer.max_steps=4000", f"out={out}"]) == 0
     said, found = capsys.readouterr().out, read_json(out)
 
     assert "32 = 16 GPUs x 2 at once x 1 accumulated" in said
