@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import resource
+import multiprocessing
 import subprocess
 import sys
 import tarfile
@@ -257,21 +257,26 @@ def exactness(folder: Path) -> None:
 
 
 def alone(folder: Path, which: str, workers: int) -> None:
-    """Seconds to the first batch, and the memory of this process and of its largest child, in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Seconds to the first batch, and memory, in a process of its own."""
+    before = memory()
     start = time.perf_counter()
     batches = (ours if which == "ours" else stock)(folder, size=512, workers=workers)
     next(batches)
     first = time.perf_counter() - start
     for _ in range(4):
         next(batches)
+    more = memory() - before
     batches.close()
-    own = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(
-        f"{which}, {workers} workers: first batch of {BATCH} after {first:.2f} s; {own:.0f} MiB more than before, "
-        f"largest child {child:.0f} MiB"
-    )
+    print(f"{which}, {workers} workers: first batch of {BATCH} after {first:.2f} s; {more:.0f} MiB more memory")
+
+
+def memory() -> float:
+    """MiB of this process and its children, what they share counted once."""
+    total = 0
+    for process in ["self", *(child.pid for child in multiprocessing.active_children())]:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
 
 
 def main() -> None:
