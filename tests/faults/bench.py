@@ -58,12 +58,12 @@ def write(path: Path, found: Sequence[dict[str, Any]], known: Iterable[int]) -> 
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "processor_seconds": round(sum(row["processor_seconds"] for row in rows), 1),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
         "load": [min(row["load"] for row in rows), max(row["load"] for row in rows)],
         "versions": versions(),
         "rows": rows,
     }
-    path.write_text(json.dumps(summary, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(summary, indent=1, default=str).replace(f"{sys.prefix}/", "") + "\n")
     path.with_suffix(".md").write_text(table(summary))
 
 
