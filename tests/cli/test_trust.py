@@ -28,6 +28,12 @@ from ldm.nn.weights import save_weights
         "ldm.cli.main.main",
         "ldm.generation.memory.torch.hub.load",
         "ldm.generation.pipeline.Path.unlink",
+        "ldm.training.trial.Path",
+        "ldm.training.trial.subprocess.Popen",
+        "torch.nn.modules.module.OrderedDict",
+        "torch.nn.Identity.load",
+        "torchmetrics.multimodal.CLIPScore",
+        "torchmetrics.image.FrechetInceptionDistance",
         "ldmx.networks.UNet",
         "${oc.env:HOME}",
         "ldm",
@@ -48,6 +54,17 @@ def test_every_part_of_a_model_that_ldm_ships_is_allowed() -> None:
     assert len(files) > 100
     for path in files:
         check_targets(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "torchmetrics.classification.Accuracy", "not_there.Net"])
+def test_classes_that_compute_are_harmless_and_others_are_not(target: str) -> None:
+    assert is_harmless(target) == (not target.startswith("not_there"))
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HF_TOKEN}", "${oc.create:{_target_:os.system}}", "a ${b.${oc.env:X}}"])
+def test_what_a_resolver_would_read_or_make_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"got a config with .*, expected values alone"):
+        check_targets({"network": {"_target_": "torch.nn.Identity", "settings": [text]}})
 
 
 def test_a_trusted_package_may_be_called() -> None:
