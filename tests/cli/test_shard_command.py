@@ -193,3 +193,16 @@ def _session(stat: Path) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(fields[3]) if fields[0] != "Z" else 0
+
+
+def test_stopped_by_a_user_it_says_that_it_goes_on(
+    ldm: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photos(folder / "photos", 1)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm.data.folder.make_shards", interrupt)
+    assert ldm("shard", "dataset=folder", "dataset.images=photos") == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped; the same command goes on from here"
