@@ -126,12 +126,13 @@ def write_folder(
     faults: str = "refuse",
     samples_per_shard: int = 1000,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda written, dropped: None,
 ) -> dict[str, Any]:
     """Write the pictures of a folder, and of a folder of class pictures, as shards into folder/train.
 
-    The first six arguments are those of `Folder`; the others are those of `make_shards`, whose defaults are here
-    those of a few pictures to fine-tune with: squares, and an error for a picture that cannot be written.
+    `images` to `columns` are those of `Folder`; the others are those of `make_shards`, each stated again because a
+    signature is what settings are checked against. The defaults are here those of a few pictures to fine-tune with:
+    squares, and an error for a picture that cannot be written.
 
     Raises ValueError as they do, and where duplicates are to be dropped of pictures that are repeated on purpose.
     """

@@ -1,9 +1,13 @@
-"""Shards out of any source of pictures: prepared in several processes, written in order, gone on with after a kill."""
+"""Shards out of any source of pictures: prepared in several processes, written in order, gone on with after a kill.
+
+The bytes are a function of the source and the options: the number of processes changes nothing, nor does being killed,
+after which the same call goes on after the last shard that was written.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -47,26 +51,13 @@ def make_shards(
     faults: str = "drop",
     samples_per_shard: int = 1000,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda written, dropped: None,
 ) -> dict[str, Any]:
     """Write the pictures of a source as shards into folder/train, and what was left out into dropped.jsonl.
 
-    Pictures become upright 8-bit sRGB, following their ICC profile, transparency on white. The bytes of the shards are
-    a function of the source and the options: `workers` changes nothing, nor does being killed, after which the same
-    call goes on after the last shard that was written.
-
     Args:
-        resolution: pixels to which the short side is reduced; None leaves the size.
-        resize_filter: area (each pixel the mean of what it covers), bicubic or lanczos.
-        enlarge: whether a smaller picture is scaled up to the resolution.
-        crop: "none", or "centre" for the square in the middle.
-        reencode: "always"; "needed" keeps the bytes of pictures that are not changed, whatever their format, and
-            "never" those of all, which then keep their size, orientation and colours.
-        image_format, quality: jpg, png or webp; 1 to 100, of jpg and webp.
-        min_size: pixels; a picture with a shorter side is dropped.
-        captions: "required" drops pictures without one, "optional" gives them the empty one.
-        duplicates: "keep"; "sha256" drops pictures of the same bytes in the source, "perceptual" those whose
-            64-bit difference hash is within `duplicate_distance` bits; the first one stays.
+        source: the pictures; `resolution` to `duplicates` are how they are prepared, see `Preparation`.
+        duplicate_distance: bits, of 64, in which the hashes of perceptual duplicates may differ; the first one stays.
         faults: "drop" leaves out what cannot be written, "refuse" stops there.
         samples_per_shard: at most 10,000; every shard but the last has as many.
         workers: processes that prepare pictures; 0 = this one alone.
@@ -89,22 +80,18 @@ def make_shards(
     )
     check_shard_size(samples_per_shard)
     _check(faults, workers, duplicate_distance, preparation)
-    target = Path(folder) / "train"
-    options = {**asdict(preparation), "distance": duplicate_distance, "samples_per_shard": samples_per_shard}
-    identity = _identity(source, options)
-    finished = finished_summary(target, identity)
-    if finished is not None:
+    sizes = {"samples_per_shard": samples_per_shard, "distance": duplicate_distance}
+    target, identity = Path(folder) / "train", _identity(source, {**asdict(preparation), **sizes})
+    if (finished := finished_summary(target, identity)) is not None:
         return finished
-    hashes = {"hash_bytes": preparation.hash_bytes, "distance": duplicate_distance}
-    with closing(Journal(target, identity, samples_per_shard=samples_per_shard, **hashes)) as journal:
-        work = partial(_prepare_all, preparation=preparation)
-        chunks = _chunks(source, journal.progress.place)
-        with closing(stream_in_order(work, chunks, workers=workers)) as results:
-            for place, outcome in chain.from_iterable(results):
-                journal.reach(place)
-                _note(journal, outcome, faults=faults)
-                if progress is not None:
-                    progress(journal.num_samples, sum(journal.progress.dropped.values()))
+    with (
+        closing(Journal(target, identity, hash_bytes=preparation.hash_bytes, **sizes)) as journal,
+        closing(_prepared(source, journal.progress.place, preparation, workers=workers)) as outcomes,
+    ):
+        for place, outcome in outcomes:
+            journal.reach(place)
+            _note(journal, outcome, faults=faults)
+            progress(journal.num_samples, sum(journal.progress.dropped.values()))
         return journal.finish()
 
 
@@ -150,6 +137,15 @@ def _chunks(source: Source, start: Place) -> Iterator[list[tuple[Place, Item]]]:
     )
     while chunk := list(islice(placed, CHUNK)):
         yield chunk
+
+
+def _prepared(
+    source: Source, start: Place, preparation: Preparation, *, workers: int
+) -> Generator[tuple[Place, Prepared | Dropped]]:
+    """Yield what becomes of every item from a place on, in order, and the place after it."""
+    work = partial(_prepare_all, preparation=preparation)
+    with closing(stream_in_order(work, _chunks(source, start), workers=workers)) as results:
+        yield from chain.from_iterable(results)
 
 
 def _prepare_all(

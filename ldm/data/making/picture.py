@@ -33,9 +33,23 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Preparation:
-    """How pictures are prepared; see `ldm.data.making.make.make_shards` for each.
+    """How pictures become upright 8-bit sRGB, following their ICC profile, transparency on white, and are stored.
 
-    Raises ValueError for what is no choice, is out of range, or cannot be had together.
+    Args:
+        resolution: pixels to which the short side is reduced; None leaves the size.
+        resize_filter: area (each pixel the mean of what it covers), bicubic or lanczos.
+        enlarge: whether a smaller picture is scaled up to the resolution.
+        crop: "none", or "centre" for the square in the middle.
+        reencode: "always"; "needed" keeps the bytes of pictures that are not changed, whatever their format, and
+            "never" those of all, which then keep their size, orientation and colours.
+        image_format, quality: jpg, png or webp; 1 to 100, of jpg and webp.
+        min_size: pixels; a picture with a shorter side is dropped.
+        captions: "required" drops pictures without one, "optional" gives them the empty one.
+        duplicates: "keep"; "sha256" drops pictures of the same bytes in the source, "perceptual" those whose
+            64-bit difference hash is near one that was written before.
+
+    Raises:
+        ValueError: no choice, out of range, or not to be had together.
     """
 
     resolution: int | None = None
