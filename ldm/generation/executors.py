@@ -103,7 +103,7 @@ class Torchrun:
     """In the processes of torchrun, srun or another launcher: rank r of w does tasks r, r + w, r + 2w, ...
 
     The ranks never speak to each other. Each looks at the disk until the others have done their part, and gives up
-    after `patience` seconds in which no task got done.
+    after `patience` seconds in which the first task that is missing did not get done.
     """
 
     patience: float = 3600.0
@@ -115,19 +115,21 @@ class Torchrun:
 
     def run(self, work: Work, *, progress: Progress = lambda done, total: None) -> None:
         rank, world_size = launched_rank()
-        for task in range(rank, work.num_tasks, world_size):
+        own = range(rank, work.num_tasks, world_size)
+        for done, task in enumerate(own, start=1):
             if not work.is_done(task):
                 work.do(task)
-                progress(work.num_tasks - len(missing_tasks(work)), work.num_tasks)
-        missing, since = missing_tasks(work), time.monotonic()
-        while missing:
-            if time.monotonic() - since > self.patience:
+            progress(done, len(own))
+        # One task is asked for at a time: there may be very many, and a look at one is a look at a shared disk.
+        missing, since = iter(range(work.num_tasks)), time.monotonic()
+        awaited = next(missing, None)
+        while awaited is not None:
+            if work.is_done(awaited):
+                awaited, since = next(missing, None), time.monotonic()
+            elif time.monotonic() - since > self.patience:
                 check_done(work)
-            time.sleep(POLL)
-            left = [task for task in missing if not work.is_done(task)]
-            if len(left) < len(missing):
-                missing, since = left, time.monotonic()
-                progress(work.num_tasks - len(missing), work.num_tasks)
+            else:
+                time.sleep(POLL)
 
 
 @dataclass(frozen=True)
