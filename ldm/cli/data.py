@@ -40,8 +40,9 @@ def index(config: DictConfig, overrides: Sequence[str]) -> None:
     heading(f"{sums['num_shards']} shards: {sums['num_samples']:,} samples, {sums['bytes']:,} bytes")
     if sums["num_bad"]:
         say(f"  {sums['num_bad']} faults in their headers; `ldm data validate` tells them all")
-    if sums["unusable"]:
-        raise RunFailed(f"shards that cannot be read: {', '.join(sums['unusable'])}", FAULTS_FOUND)
+    wrong = {"cannot be read": sums["unusable"], "are cut off, and read up to there": sums["cut_off"]}
+    if told := [f"shards that {what}: {', '.join(paths)}" for what, paths in wrong.items() if paths]:
+        raise RunFailed("; ".join(told), FAULTS_FOUND)
 
 
 def validate(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ class BucketOrder:
             indices.append(part)
             epochs.append(np.full(len(part), pass_, dtype=np.int64))
             place, left = place + len(part), left - len(part)
-        return np.concatenate(indices), np.concatenate(epochs)
+        return np.concatenate(indices).astype(np.int64), np.concatenate(epochs)
 
     def _first_batch(self, epoch: int) -> int:
         """Count the batches that earlier epochs fill."""
@@ -127,7 +127,9 @@ class BucketOrder:
         """Return an epoch's samples by bucket, where each bucket starts, and each sample's place in the epoch."""
         indices, _ = self.order.take(epoch * self.num_samples, self.num_samples)
         places = np.argsort(self.buckets[indices], kind="stable")
-        return indices[places], np.concatenate([[0], np.cumsum(self.counts)]), places
+        small = np.int32 if self.num_samples < 2**31 else np.int64  # of which there are three epochs in memory
+        starts = np.concatenate([[0], np.cumsum(self.counts)])
+        return indices[places].astype(small), starts, places.astype(small)
 
     def _make_batches(self, epoch: int) -> np.ndarray:
         """Return (bucket, number of the batch in the bucket) of an epoch's batches, int64 (n, 2), in their order."""

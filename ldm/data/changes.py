@@ -3,23 +3,25 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm.data.dataset import ShardDataset
 from ldm.data.shards import ShardIndex
+
+if TYPE_CHECKING:
+    from ldm.data.dataset import ShardDataset
 
 # Of the names in a message.
 SHOWN = 3
 
 
-def record(dataset: ShardDataset, settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def record(dataset: "ShardDataset", settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return what a checkpoint keeps to name changes later: a mark of every shard, and the settings of the order."""
     shards: dict[str, str] = {}
-    for shard in dataset.shards:
-        name, number = shard.path.name, 2
+    for path, summary in zip(dataset.shards.paths, dataset.shards.summaries, strict=True):
+        name, number = path.name, 2
         while name in shards:  # several sets may number their shards alike
-            name, number = f"{shard.path.name} ({number})", number + 1
-        shards[name] = mark(shard)
+            name, number = f"{path.name} ({number})", number + 1
+        shards[name] = summary.mark
     return {"shards": shards, "settings": {name: str(value) for name, value in settings.items()}}
 
 

@@ -30,6 +30,16 @@ from ldm.data.thread_loader import ThreadLoader
 from ldm.data.training_stream import Loader, Passes, TrainingStream, attached_trainer, make_loader
 
 Shards = str | os.PathLike[str] | Sequence[str]
+# One set, or several by name.
+Sets = Shards | Mapping[str, Shards]
+# What settings choose between.
+WORDS = {
+    "missing_caption": ("empty", "skip"),
+    "bad_text": tuple(TEXT_DECODERS),
+    "bad_shards": ("refuse", "skip"),
+    "workers": ("threads", "processes"),
+    "mode": ("indexed", "stream"),
+}
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -39,11 +49,48 @@ class ShardDataModule(pl.LightningDataModule):
     the position in the stream alone, so a resumed run reads exactly what an uninterrupted one would have read, with
     any number of workers or processes; the position, in samples, is the one number that a checkpoint keeps.
     A Lightning epoch is one pass over the data, rounded down to whole optimizer steps; what is left opens the next.
+
+    Args of what is read, and in which order:
+
+        train: a folder, a tar, a brace expression, a glob, a URL, a list of these; or several sets by name.
+        weights: of several sets: each passes through epochs of its own.
+        filter: a folder that `ldm data filter` wrote: training reads the samples that it kept alone.
+        block_size: shards that are shuffled together.
+        buckets: the sizes of training batches, each of one size; validation is at `resolution`.
+        remote: keeps copies of shards that are named by URL.
+        mode: "indexed", or "stream" for pipes and sets without an index, which resumes statistically alone.
+        stream: how a stream is read.
+        allow_change: on resuming, go on with shards that are not the checkpoint's, and warn of what changed.
+
+    Args of what a sample becomes:
+
+        resolution: pixels that the short side is scaled to; None for moments.
+        columns: of the json, in any case, whose numbers are part of a batch.
+        flip: mirror at random.
+        augmentation: what else is done to training pictures.
+        derive: what is made of a picture besides itself: a mask, a smaller picture, boxes.
+        captions: weights by column of the json, or `txt` for the .txt: one is drawn for every sample and epoch.
+        exact_decoding: decode every pixel; else JPEGs of twice the size needed, or more, are decoded at a half.
+        cache: keep decoded samples in memory.
+        workers: "threads" of the process that trains, or "processes"; `num_workers` of them.
+
+    Args of what others wrote badly:
+
+        max_bad_fraction: of the samples; with more bad ones training stops and names the worst shards.
+        missing_caption: "empty", or "skip" to leave such samples out.
+        bad_text: "skip" samples whose text or json cannot be read, or "replace" what is not UTF-8 and do without
+            a json that is none.
+        bad_shards: "refuse" to start with shards that are no whole tar, or "skip" them, however many.
+        run_folder: where bad_samples.jsonl goes.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: a setting that cannot be.
     """
 
     def __init__(
         self,
-        train: Shards | Mapping[str, Shards],
+        train: Sets,
         validation: Shards | None = None,
         *,
         batch_size: int,
@@ -72,85 +119,46 @@ class ShardDataModule(pl.LightningDataModule):
         workers: str = "threads",
         allow_change: bool = False,
     ) -> None:
-        """Args of what a sample becomes:
-
-            weights: of several sets, which `train` then holds by name: each passes through epochs of its own.
-            augmentation: what is done to training pictures, besides `flip`.
-            derive: what is made of a picture besides itself: a mask, a smaller picture, boxes.
-            buckets: the sizes of training batches, each of one size; validation is at `resolution`.
-            captions: weights by column of the json, or `txt` for the .txt: one is drawn for every sample and epoch.
-            exact_decoding: decode every pixel; else JPEGs of twice the size needed, or more, are decoded at a half.
-            workers: "threads" of the process that trains, or "processes".
-
-        Args of reading what others wrote:
-
-            filter: a folder that `ldm data filter` wrote: training reads the samples that it kept alone.
-            max_bad_fraction: of the samples read so far; with more bad ones training stops and names the worst shards.
-            missing_caption: "empty", or "skip" to leave such samples out.
-            bad_text: "skip" samples whose text or json cannot be read, or "replace" what is not UTF-8 and do without
-                a json that is none.
-            bad_shards: "refuse" to start with shards that are no whole tar, or "skip" them.
-            run_folder: where bad_samples.jsonl goes.
-            allow_change: on resuming, go on with shards that are not the checkpoint's, and warn of what changed.
-            remote: keeps copies of shards that are named by URL.
-            mode: "indexed", or "stream" for pipes and sets without an index, which resumes statistically alone.
-            stream: how a stream is read.
-
-        Raises FileNotFoundError where there are no shards and ValueError for a setting that cannot be.
-        """
         super().__init__()
-        batch_size_per_rank(batch_size, 1)
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers: got {num_workers}, expected 0 or more")
-        _check_choice("missing_caption", missing_caption, ("empty", "skip"))
-        _check_choice("bad_text", bad_text, tuple(TEXT_DECODERS))
-        _check_choice("workers", workers, ("threads", "processes"))
-        _check_choice("mode", mode, ("indexed", "stream"))
-        self.stream = stream if mode == "stream" else None
-        if mode == "stream":
-            _check_stream(stream, train, cache=cache, filter=filter, weights=weights, buckets=buckets)
-        named = [*_sets_of(train), *([validation] if validation is not None else [])]
-        self.remote = remote if any(map(names_urls, named)) else None
-        locate = self.remote.locate if self.remote else resolve_shards
+        _check_numbers(batch_size=batch_size, num_workers=num_workers)
+        _check_words(missing_caption=missing_caption, bad_text=bad_text, bad_shards=bad_shards, workers=workers)
+        self.stream = _checked_stream(mode, stream, train, cache=cache, filter=filter, weights=weights, buckets=buckets)
         check_weights(train, weights)
-        self.sets = {name: locate(part) for name, part in train.items()} if isinstance(train, Mapping) else None
-        if self.sets:
-            self.paths = {"train": [path for part in self.sets.values() for path in part]}
-        elif self.stream is not None:
-            self.sources = find_sources(cast(Shards, train), settings=self.stream, locate=locate)
-            self.paths = {"train": [Path(source) for source in self.sources if not is_pipe(source)]}
-        else:
-            self.paths = {"train": locate(cast(Shards, train))}
-        if validation is not None:
-            self.paths["validation"] = locate(validation)
-        else:  # Lightning looks for the hook on the instance; an empty loader would run empty validations
-            self.val_dataloader = None  # type: ignore[assignment, method-assign]
-        self.batch_size = batch_size
-        self.resolution = resolution
-        self.columns = tuple(columns)
-        self.num_workers = num_workers
-        self.seed = seed
-        self.flip = flip
-        self.cache = cache
-        self.block_size = block_size
-        self.filter = filter
-        self.weights = {name: weights[name] for name in self.sets} if weights and self.sets else None
-        self.augmentation = augmentation or Augmentation()
-        self.derive, self.buckets, self.captions = derive, buckets, captions
-        self.exact_decoding = exact_decoding
-        self.workers = workers
-        self.allow_change = allow_change
-        self.missing_caption = missing_caption
-        self.bad_text = bad_text
-        self.bad_shards = bad_shards
+        self.batch_size, self.num_workers, self.workers = batch_size, num_workers, workers
+        self.seed, self.block_size, self.allow_change = seed, block_size, allow_change
+        self.filter, self.buckets, self.cache = filter, buckets, cache
+        self.resolution, self.columns, self.flip = resolution, tuple(columns), flip
+        self.augmentation, self.derive = augmentation or Augmentation(), derive
+        self.captions, self.exact_decoding = captions, exact_decoding
+        self.missing_caption, self.bad_text, self.bad_shards = missing_caption, bad_text, bad_shards
         self.ledger = Ledger(run_folder, max_bad_fraction=max_bad_fraction)
+        self._locate(train, validation, remote)
+        self.weights = {name: weights[name] for name in self.sets} if weights and self.sets else None
         self._datasets: dict[str, ShardDataset] = {}
         self._stream: TrainingStream | None = None
         # Where the stream stood when the trainer had done so many batches; None: as many as it has been restored to.
         self._origin_position = 0
         self._origin_batches: int | None = 0
-        self._expected_fingerprint: str | None = None
-        self._expected_record: dict[str, Any] | None = None
+        self._expected: dict[str, Any] | None = None
+
+    def _locate(self, train: Sets, validation: Shards | None, remote: ShardCache | None) -> None:
+        """Find the shards of both splits: their `paths`, those of several `sets` by name, the `sources` of a stream."""
+        named = [*_sets_of(train).values(), *([validation] if validation is not None else [])]
+        self.remote = remote if any(map(names_urls, named)) else None
+        locate = self.remote.locate if self.remote else resolve_shards
+        self.sets: dict[str, list[Path]] | None = None
+        self.sources: list[str] = []
+        if self.stream is not None:
+            self.sources = find_sources(cast(Shards, train), settings=self.stream, locate=locate)
+            self.paths = {"train": [Path(source) for source in self.sources if not is_pipe(source)]}
+        else:
+            found = {name: locate(part) for name, part in _sets_of(train).items()}
+            self.sets = found if isinstance(train, Mapping) else None
+            self.paths = {"train": [path for part in found.values() for path in part]}
+        if validation is not None:
+            self.paths["validation"] = locate(validation)
+        else:  # Lightning looks for the hook on the instance; an empty loader would run empty validations
+            self.val_dataloader = None  # type: ignore[assignment, method-assign]
 
     def dataset(self, split: str) -> ShardDataset:
         """Return the data set of "train" or "validation", indexing its shards on first use."""
@@ -190,6 +198,7 @@ class ShardDataModule(pl.LightningDataModule):
             cache=self.remote,
             seed=self.seed,
             missing_caption=self.missing_caption,
+            bad_shards=self.bad_shards,
             assemble=assemble,
             resolution=self.resolution,
             columns=self.columns,
@@ -242,18 +251,12 @@ class ShardDataModule(pl.LightningDataModule):
         """Take the position up again; the batch size, workers and processes may have changed since."""
         self._origin_position = state_dict["position"]
         self._origin_batches = None
-        self._expected_fingerprint = state_dict["fingerprint"]
-        self._expected_record = state_dict.get("record")
+        self._expected = state_dict
 
     def train_dataloader(self) -> "TrainingStream":
         """Return the training stream; raises ValueError when resuming on other shards or another seed."""
-        if self._expected_record is not None:
-            refuse(self._expected_record, self._record, allowed=self.allow_change)
-        elif self._expected_fingerprint not in (None, self._fingerprint()) and not self.allow_change:
-            raise ValueError(
-                f"resume: got other training shards, data.filter, data.seed or data.block_size ({self._fingerprint()}) "
-                f"than the checkpoint's ({self._expected_fingerprint}), expected the same; start a new run instead"
-            )
+        if self._expected is not None:
+            refuse(self._expected.get("record", {}), self._record, allowed=self.allow_change)
         if self._origin_batches is None:
             self._origin_batches = self._batches_done()
             if self.buckets is not None:  # a batch of another size than before begins where batches of this size do
@@ -312,13 +315,9 @@ class ShardDataModule(pl.LightningDataModule):
         return read.batch
 
     def _note_index_faults(self, split: str) -> None:
-        """Enter what indexing found into the ledger; raises BadDataError where too many shards are left out."""
-        dataset = self._datasets[split]
-        named = (replace(fault, shard=self._name(fault.shard)) for fault in dataset.index_faults)
+        """Enter what indexing found into the ledger."""
+        named = (replace(fault, shard=self._name(fault.shard)) for fault in self._datasets[split].index_faults)
         self.ledger.add(named, split=split)
-        left_out = len(self.paths[split]) - len(dataset.shards)
-        if split == "train" and left_out > self.ledger.max_bad_fraction * len(self.paths[split]):
-            raise self.ledger.error(num_read=left_out, num_samples=len(self.paths[split]), unit="shards")
 
     def _name(self, shard: str) -> str:
         return self.remote.url(Path(shard)) if self.remote else shard
@@ -352,20 +351,37 @@ class ShardDataModule(pl.LightningDataModule):
         return int(trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"])
 
 
-def _sets_of(train: Shards | Mapping[str, Shards]) -> list[Shards]:
-    return list(train.values()) if isinstance(train, Mapping) else [train]
+def _sets_of(train: Sets) -> Mapping[str, Shards]:
+    return train if isinstance(train, Mapping) else {"": train}
 
 
-def _check_stream(stream: StreamSettings | None, train: Shards | Mapping[str, Shards], **unsupported: object) -> None:
-    """Raise ValueError for a stream without settings, and for settings that need an index."""
+def _check_numbers(*, batch_size: int, num_workers: int) -> None:
+    batch_size_per_rank(batch_size, 1)
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers: got {num_workers}, expected 0 or more")
+
+
+def _check_words(**chosen: str) -> None:
+    """Raise ValueError for a setting, by name, whose word is none of WORDS."""
+    for name, word in chosen.items():
+        if word not in WORDS[name]:
+            raise ValueError(f"data.{name}: got {word!r}, expected {' or '.join(WORDS[name])}")
+
+
+def _checked_stream(
+    mode: str, stream: StreamSettings | None, train: object, **of_an_index: object
+) -> StreamSettings | None:
+    """Return how a stream is read where that is the mode.
+
+    Raises ValueError for a stream without settings, and for settings that need an index.
+    """
+    _check_words(mode=mode)
+    if mode == "indexed":
+        return None
     if stream is None:
         raise ValueError("data.stream: got null, expected its settings, as data=stream has them")
-    wrong = [name for name, value in unsupported.items() if value]
+    wrong = [name for name, value in of_an_index.items() if value]
     if wrong or isinstance(train, Mapping):
         name = (wrong or ["train"])[0]
         raise ValueError(f"data.{name}: got a setting that needs an index, expected data.mode=indexed with it")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"data.{name}: got {value!r}, expected {' or '.join(choices)}")
+    return stream

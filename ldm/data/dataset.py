@@ -23,14 +23,15 @@ from ldm.data.content import SIZE_COLUMNS, Derived, Pictures, size_values
 from ldm.data.decoding import TEXT_DECODERS
 from ldm.data.embeddings import FLIPPED, HASH, TEXT, batch_arrays
 from ldm.data.faults import Fault
+from ldm.data.indices import ShardIndices
 from ldm.data.kept import KeptSamples
-from ldm.data.readable import drop_without_payload, open_readable
+from ldm.data.readable import Manifests, drop_without_payload, each_readable
 from ldm.data.readers import ThreadReaders
 from ldm.data.remote import ShardCache
-from ldm.data.shards import IMAGE_SUFFIXES, CorruptSampleError, ShardIndex, ShardReader, decode
+from ldm.data.rows import ColumnNames, MissingColumnError
+from ldm.data.shards import IMAGE_SUFFIXES, CorruptSampleError, ShardReader, decode
 from ldm.data.sizes import picture_sizes
 from ldm.data.transforms import is_flipped, to_pixels
-from ldm.data.writer import IN_PROGRESS, read_manifest
 
 Item = dict[str, Any]
 
@@ -70,7 +71,7 @@ class ShardDataset(Dataset[Item]):
         self.bad_text = bad_text
         self.remote = remote
         self.is_filtered = kept is not None
-        self.shards: list[ShardIndex] = []
+        self.shards = ShardIndices()
         self.index_faults: list[Fault] = []
         self.group_sizes: list[int] = []
         for group in shards.values() if isinstance(shards, Mapping) else [shards]:
@@ -80,9 +81,9 @@ class ShardDataset(Dataset[Item]):
         self.seed = seed
         self.pictures = Pictures(augmentation or Augmentation(), flip, derive, exact_decoding, seed)
         self.captions = CaptionChoice(captions, seed=seed) if captions else None
-        self.shard_sizes = [len(shard) for shard in self.shards]
+        self.shard_sizes = [summary.num_samples for summary in self.shards.summaries]
         self.first_samples = np.cumsum([0, *self.shard_sizes])
-        self._readers = ThreadReaders(self.remote)
+        self._readers, self._names = ThreadReaders(self.remote), ColumnNames()
         self._cache: dict[int, Item] | None = {} if cache else None
         self.payload = self._find_payload()
         self._check_options()
@@ -100,12 +101,11 @@ class ShardDataset(Dataset[Item]):
     def fingerprint(self) -> str:
         """Say in 16 hex digits which samples these are, in which order: names, sizes and keys of all shards.
 
-        Where a filter chose among the samples, every key counts instead of each shard's first and last.
+        Of a shard of which some were chosen every key counts, of others the first and the last.
         """
         digest = hashlib.sha256()
-        for shard in self.shards:
-            named = shard.digest if self.is_filtered else f"{shard.keys[:1]} {shard.keys[-1:]}"
-            digest.update(f"{shard.path.name} {len(shard)} {named}\n".encode())
+        for path, summary in zip(self.shards.paths, self.shards.summaries, strict=True):
+            digest.update(f"{path.name} {summary.mark} {summary.digest}\n".encode())
         return digest.hexdigest()[:16]
 
     def unaugmented(self) -> "ShardDataset":
@@ -132,7 +132,7 @@ class ShardDataset(Dataset[Item]):
     def located(self, index: int) -> tuple[str, str]:
         """Return the shard, by its URL where it has one, and the key of a sample."""
         shard, sample = self._locate(index)
-        path = self.shards[shard].path
+        path = self.shards.paths[shard]
         return self.remote.url(path) if self.remote else str(path), self.shards[shard].keys[sample]
 
     def substitutes(self, index: int) -> Iterator[int]:
@@ -230,8 +230,14 @@ class ShardDataset(Dataset[Item]):
         shard = int(np.searchsorted(self.first_samples, index, side="right")) - 1
         return shard, index - int(self.first_samples[shard])
 
+    def _spelt(self, column: str, row: Item) -> str | None:
+        """Return how a json spells a column, as `ldm data filter` finds it; None where it lacks it."""
+        with suppress(MissingColumnError):
+            return column if column in row else self._names.find(column, tuple(row))
+        return None
+
     def _number(self, row: Item, column: str, index: int) -> float | int:
-        value = row.get(column)
+        value = row.get(self._spelt(column, row) or column)
         if not isinstance(value, int | float):
             raise CorruptSampleError(
                 f"columns: got {column}={value!r} in {self.key(index)}, expected a number; its json has {sorted(row)}",
@@ -253,47 +259,36 @@ class ShardDataset(Dataset[Item]):
         bad_shards: str,
     ) -> None:
         """Index the shards of one set, behind those that there are."""
-        found, faults = open_readable(shards, bad_shards=bad_shards, remote=self.remote)
-        self._check_manifests(found, faults)
-        if kept is not None:
-            chosen = KeptSamples(kept)
-            found = [chosen.select(shard) for shard in found]
-        found, without_payload = drop_without_payload(found)
-        self.shards += found
-        self.index_faults += [*faults, *without_payload]
-        self.group_sizes.append(len(found))
-
-    def _check_manifests(self, shards: Sequence[ShardIndex], faults: Sequence[Fault]) -> None:
-        """Refuse shards that are still being written, or differ in size from what the manifest beside them says."""
-        folders = {shard.path.parent for shard in shards}
-        stated: dict[Path, int] = {}
-        for folder in folders:
-            if (folder / IN_PROGRESS).exists():
-                raise ValueError(f"{folder}: got an unfinished set of shards, expected a whole one; write it again")
-            entries = (read_manifest(folder) or {}).get("shards", [])
-            stated |= {folder / entry["name"]: entry["num_samples"] for entry in entries}
-        cut_off = {fault.shard for fault in faults}
-        for shard in shards:
-            if str(shard.path) not in cut_off and stated.get(shard.path, len(shard)) != len(shard):
-                raise ValueError(
-                    f"{shard.path}: got {len(shard)} samples, expected {stated[shard.path]} as its manifest says; "
-                    "write the shards again"
-                )
+        chosen, manifests, before = KeptSamples(kept) if kept is not None else None, Manifests(), len(self.shards)
+        for index, faults in each_readable(shards, bad_shards=bad_shards, remote=self.remote):
+            self.index_faults += faults
+            if index is None:
+                continue
+            if not faults:  # else it was cut off
+                manifests.check(index)
+            index, without_payload = drop_without_payload(chosen.select(index) if chosen is not None else index)
+            self.index_faults += without_payload
+            self.shards.append(index)
+        self.group_sizes.append(len(self.shards) - before)
 
     def _find_payload(self) -> str:
         """Return "image" or "moments": what every sample has."""
         if not len(self):
             left = "of which data.filter keeps no sample" if self.is_filtered else "without a sample"
             raise ValueError(f"shards: got {len(self.shards)} shards {left}, expected at least one sample")
-        images = np.concatenate([shard.has_any(IMAGE_SUFFIXES) for shard in self.shards])
-        moments = np.concatenate([shard.has_any(["npy"]) for shard in self.shards])
-        wrong = (images & moments) | (images != images[0])
-        if wrong.any():
-            raise ValueError(
-                f"{self.key(int(np.argmax(wrong)))}: got a sample that differs from the rest, expected one image "
-                f"({', '.join(IMAGE_SUFFIXES)}) in every sample or moments (npy) in every one; write the shards again"
-            )
-        return "image" if images[0] else "moments"
+        shard, sample = self._locate(0)
+        is_image = bool(self.shards[shard].has_any(IMAGE_SUFFIXES)[sample])
+        for number, told in enumerate(self.shards.summaries):
+            counts = (told.num_samples, 0) if is_image else (0, told.num_samples)
+            if (told.num_images, told.num_moments) != counts:
+                images, moments = self.shards[number].has_any(IMAGE_SUFFIXES), self.shards[number].has_any(["npy"])
+                wrong = int(self.first_samples[number]) + int(np.argmax((images & moments) | (images != is_image)))
+                raise ValueError(
+                    f"{self.key(wrong)}: got a sample that differs from the rest, expected one image "
+                    f"({', '.join(IMAGE_SUFFIXES)}) in every sample or moments (npy) in every one; write the shards "
+                    "again"
+                )
+        return "image" if is_image else "moments"
 
     def _check_options(self) -> None:
         if self.payload == "image" and (self.resolution is None or self.resolution < 1):
@@ -303,10 +298,11 @@ class ShardDataset(Dataset[Item]):
                 f"data.resolution: got {self.resolution} for shards of moments, whose size is given; expected null"
             )
         if self.payload == "moments" and self.pictures.flip:
-            lacking = next((i for i, shard in enumerate(self.shards) if not shard.has_any([FLIPPED]).all()), None)
+            told = zip(self.shards.paths, self.shards.summaries, strict=True)
+            lacking = next((path for path, summary in told if summary.num_flipped < summary.num_samples), None)
             if lacking is not None:
                 raise ValueError(
-                    f"data.flip: got true for shards of moments, of which {self.shards[lacking].path} has none of "
+                    f"data.flip: got true for shards of moments, of which {lacking} has none of "
                     "mirrored pictures, expected false; or encode with ldm data encode flips=true"
                 )
 
@@ -324,10 +320,11 @@ class ShardDataset(Dataset[Item]):
         if not self.json_columns:
             return
         row = next((row for shard in range(len(self.shards)) for row in self._rows(shard)), {})
-        missing = [column for column in self.json_columns if column not in row]
+        spelt = {column: self._spelt(column, row) for column in self.json_columns}
+        missing = [column for column, name in spelt.items() if name is None]
         if missing:
             raise ValueError(f"data.columns: got {missing}, expected some of {sorted(row)} as in {self.key(0)}.json")
-        texts = [column for column in self.json_columns if isinstance(row[column], str | list | dict)]
+        texts = [column for column, name in spelt.items() if name and isinstance(row[name], str | list | dict)]
         if texts:
             raise ValueError(f"data.columns: got {texts}, which hold no numbers in {self.key(0)}.json; leave them out")
 
@@ -335,9 +332,9 @@ class ShardDataset(Dataset[Item]):
         """Return the one encoder whose moments these are, by the first sample of every shard; None without text."""
         found: dict[str, Path] = {}
         # Of remote shards the first alone, which need not all be fetched for it; every sample is looked at when read.
-        for number, shard in enumerate(self.shards[: 1 if self.remote else None]):
+        for number, path in enumerate(self.shards.paths[: 1 if self.remote else None]):
             for row in islice(self._rows(number), 1):
-                found.setdefault(str(row.get(name, "")), shard.path)
+                found.setdefault(str(row.get(name, "")), path)
         if name == HASH and found.keys() == {""}:
             return None
         if len(found) != 1 or "" in found:

@@ -49,7 +49,8 @@ def read_index(shard: str | os.PathLike[str], *, stamp: tuple[int, int] | None =
         arrays, suffixes = load_file(path), _suffixes(path)
     except (SafetensorError, OSError, ValueError):
         return None
-    return _index_of(shard, arrays, suffixes) if _is_whole(arrays, len(suffixes), stamp or stamp_of(shard)) else None
+    stamp = stamp or stamp_of(shard)
+    return _index_of(shard, arrays, suffixes, stamp) if _is_whole(arrays, len(suffixes), stamp) else None
 
 
 def open_index(shard: str | os.PathLike[str]) -> ShardIndex:
@@ -94,10 +95,12 @@ def _is_whole(arrays: Mapping[str, np.ndarray], num_suffixes: int, stamp: tuple[
     return inside and (layout, size, modified) == (LAYOUT, *stamp) and _sum(arrays["keys"].tobytes()) == checksum
 
 
-def _index_of(shard: Path, arrays: Mapping[str, np.ndarray], suffixes: tuple[str, ...]) -> ShardIndex:
+def _index_of(
+    shard: Path, arrays: Mapping[str, np.ndarray], suffixes: tuple[str, ...], stamp: tuple[int, int]
+) -> ShardIndex:
     text = arrays["keys"].tobytes().decode("utf-8", errors="surrogateescape")
     keys = tuple(text.split(END)) if len(arrays["sizes"]) else ()
-    return ShardIndex(shard, keys, suffixes, arrays["offsets"], arrays["sizes"])
+    return ShardIndex(shard, keys, suffixes, arrays["offsets"], arrays["sizes"], stamp)
 
 
 def _sum(keys: bytes) -> int:

@@ -114,6 +114,7 @@ class KeptWriter:
         self.chosen = chosen
         self.survival = Survival()
         self.shards: list[dict[str, Any]] = []
+        self._digests: set[str] = set()
         claim(self.folder, mark=KEPT)
         for path in self.folder.iterdir():
             if KEYS_NAME.search(path.name):
@@ -121,8 +122,9 @@ class KeptWriter:
 
     def add(self, kept: ShardKept) -> None:
         """Write one shard's keys; raises ValueError for a shard with the samples of another."""
-        if any(entry["digest"] == kept.digest for entry in self.shards):
+        if kept.digest in self._digests:
             raise ValueError(f"shards: got {kept.path}, which holds the samples of another shard, expected each once")
+        self._digests.add(kept.digest)
         content = json.dumps(kept.keys, indent=0).encode()
         name = f"{kept.path.stem}-{kept.digest}.json"
         write_atomically(self.folder / name, content)

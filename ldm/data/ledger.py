@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ldm.data.faults import Fault
+from ldm.data.faults import KINDS, Fault
 
 FILE = "bad_samples.jsonl"
 # Below so many samples read, the share of bad ones is taken of this number: one bad sample is no trend.
@@ -40,7 +40,8 @@ class Ledger:
         self.path = Path(folder) / FILE if folder is not None and Path(folder).is_dir() else None
         self.lines: dict[tuple[str, str], dict[str, Any]] = {}
         self._read_bytes = 0
-        self._num_bad: Counter[str] = Counter()
+        # Of training: bad samples that were met while reading, and what is bad by the index of all of them.
+        self._num_met = self._num_indexed = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -67,22 +68,28 @@ class Ledger:
                 stacklevel=2,
             )
 
-    def bad(self, split: str) -> list[dict[str, Any]]:
-        """Return the lines of a split."""
-        return [line for line in self.lines.values() if line["split"] == split]
-
     def is_too_bad(self, *, num_read: int, num_samples: int) -> bool:
-        """Say whether of `num_read` samples of the training split, which has `num_samples`, too many were bad."""
-        return self._num_bad["train"] > self.max_bad_fraction * _base(num_read, num_samples)
+        """Say whether of the training split, which has `num_samples` and of which `num_read` were read, too many are.
 
-    def error(self, *, num_read: int, num_samples: int, unit: str = "samples") -> BadDataError:
+        What the index shows is a share of all samples, what reading met one of those that were read. Shards that
+        `data.bad_shards=skip` left out of the index do not count: they are left out by choice.
+        """
+        share = self._num_met / _base(num_read, num_samples) + self._num_indexed / num_samples
+        return share > self.max_bad_fraction
+
+    def error(self, *, num_read: int, num_samples: int) -> BadDataError:
         """Return what to raise where it is too bad: the worst shards, one of their samples, and the remedy."""
-        bad = self.bad("train")
+        bad = [line for line in self.lines.values() if _counts(line)]
+        if not bad:  # without a folder that they share, a process knows of its own alone
+            return BadDataError("data: another process met too many bad samples, and names them in its own error")
         worst = Counter(line["shard"] for line in bad).most_common(MAX_WORST)
         first = next(line for line in bad if line["shard"] == worst[0][0])
         named = ", ".join(f"{shard} ({count})" for shard, count in worst)
+        counts = [(self._num_met, f"{_base(num_read, num_samples):,} samples")]
+        counts += [(self._num_indexed, f"{num_samples:,} in the index")]
+        told = " and ".join(f"{number} bad among {what}" for number, what in counts if number)
         return BadDataError(
-            f"data: got {len(bad)} bad among {_base(num_read, num_samples):,} {unit}, expected at most "
+            f"data: got {told}, expected at most "
             f"data.max_bad_fraction={self.max_bad_fraction:g}; worst shards: {named}; such as {first['shard']}: "
             f"{first['key']}: {first['kind']} ({first['reason']}); "
             + (f"see {self.path}, " if self.path else "")
@@ -104,7 +111,8 @@ class Ledger:
         for place, row in rows.items():
             if place not in self.lines:
                 self.lines[place] = row
-                self._num_bad[row["split"]] += 1
+                self._num_met += _counts(row) and row["position"] is not None
+                self._num_indexed += _counts(row) and row["position"] is None
 
     def _exclusively(self, act: Callable[[Any], None]) -> None:
         """Hold the file against other processes, take in what they wrote since, and act."""
@@ -120,6 +128,12 @@ class Ledger:
                     self._take_in({(row["shard"], row["key"]): row})
                 self._read_bytes += len(whole)
                 act(file)
+
+
+def _counts(row: dict[str, Any]) -> bool:
+    """Say whether a line is of something bad in training, and not of a shard that was left out of the index."""
+    left_out = row["position"] is None and KINDS[row["kind"]].outcome == "refused"
+    return row["split"] == "train" and not left_out
 
 
 def _base(num_read: int, num_samples: int) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from ldm.data.faults import Fault, header_faults
 from ldm.data.index_file import index_path, read_index, save_index, stamp_of, write_atomically
 from ldm.data.parallel import map_in_order
+from ldm.data.readable import open_whole_samples
 from ldm.data.shards import resolve_shards
 
 # Not manifest.json, by which `ldm shard` knows shards that it may write over.
@@ -22,7 +24,10 @@ MAX_LISTED = 100
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard in shards.json; `bad` are faults that its headers show, `is_usable` says whether it can be read."""
+    """One shard in shards.json; `bad` are faults that its headers show, `is_usable` says whether it can be read.
+
+    Of one that was cut off, what lies before the cut can be: `num_samples` counts that, and no index is kept of it.
+    """
 
     name: str
     is_usable: bool
@@ -63,7 +68,9 @@ def index_shards(
         progress(len(entries), len(paths))
     for folder in sorted({path.parent for path in paths}):
         _write_contents(folder, {path.name: entry for path, entry in entries.items() if path.parent == folder})
-    return _sums(entries.values()) | {"unusable": [str(path) for path, entry in entries.items() if not entry.is_usable]}
+    unusable = [str(path) for path, entry in entries.items() if not entry.is_usable]
+    cut_off = [str(path) for path, entry in entries.items() if entry.is_usable and _is_cut_off(entry)]
+    return _sums(entries.values()) | {"unusable": unusable, "cut_off": cut_off}
 
 
 def index_one(path: Path, *, known: dict[Path, ShardEntry], sha256: bool) -> ShardEntry:
@@ -71,13 +78,17 @@ def index_one(path: Path, *, known: dict[Path, ShardEntry], sha256: bool) -> Sha
     stamp = stamp_of(path)
     entry = known.get(path)
     current = entry is not None and (entry.bytes, entry.modified) == stamp and not (sha256 and entry.sha256 is None)
-    if entry is not None and current and (not entry.is_usable or read_index(path) is not None):
-        return entry
+    if entry is not None and current:
+        keeps_index = entry.is_usable and not _is_cut_off(entry)
+        if not keeps_index or read_index(path) is not None:
+            return entry
     index, faults = header_faults(path)
     if index is not None:
         save_index(index, stamp=stamp)
     else:
         index_path(path).unlink(missing_ok=True)
+        with suppress(ValueError):
+            index, _ = open_whole_samples(path)
     return ShardEntry(
         name=path.name,
         is_usable=index is not None,
@@ -128,6 +139,10 @@ def _sums(entries: Iterable[ShardEntry]) -> dict[str, Any]:
         "bytes": sum(entry.bytes for entry in listed),
         "num_bad": sum(entry.num_bad for entry in listed),
     }
+
+
+def _is_cut_off(entry: ShardEntry) -> bool:
+    return any(fault["kind"] == "truncated_tar" for fault in entry.bad)
 
 
 def _described(fault: Fault) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Prefetch:
         """Return the shards of a span of samples, in the order in which they are met."""
         indices, _ = self._order.take(start, self._span)
         numbers = np.searchsorted(self._dataset.first_samples, indices, side="right") - 1
-        return [self._dataset.shards[number].path for number in dict.fromkeys(numbers.tolist())]
+        return [self._dataset.shards.paths[number] for number in dict.fromkeys(numbers.tolist())]
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

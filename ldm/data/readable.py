@@ -1,7 +1,7 @@
 """What of a set of shards can be read: whole samples of shards that were cut off, and no sample without a payload."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from ldm.data.shards import (
     scan_members,
     split_name,
 )
+from ldm.data.writer import IN_PROGRESS, read_manifest
 
 if TYPE_CHECKING:
     from ldm.data.remote import ShardCache
@@ -29,28 +30,36 @@ MAX_NAMED = 5
 def open_readable(
     shards: str | os.PathLike[str] | Sequence[str], *, bad_shards: str = "refuse", remote: "ShardCache | None" = None
 ) -> tuple[list[ShardIndex], list[Fault]]:
-    """Return the indices of all shards that can be read, and what is wrong with those that cannot, or not to the end.
+    """Return the indices of all shards that can be read, and what is wrong with the others; see `each_readable`."""
+    indices, faults = [], []
+    for index, found in each_readable(shards, bad_shards=bad_shards, remote=remote):
+        indices += [index] if index is not None else []
+        faults += found
+    return indices, faults
+
+
+def each_readable(
+    shards: str | os.PathLike[str] | Sequence[str], *, bad_shards: str = "refuse", remote: "ShardCache | None" = None
+) -> Iterator[tuple[ShardIndex | None, list[Fault]]]:
+    """Yield the index of each shard, and what is wrong with it where it cannot be read, or not to the end.
 
     A shard that was cut off is read up to its last whole sample. What to do with any other that is no whole tar says
-    `bad_shards`: "refuse" raises one ValueError that names them, "skip" leaves them out.
+    `bad_shards`: "refuse" raises, at the end, one ValueError that names them, "skip" leaves them out.
     """
     if bad_shards not in ("refuse", "skip"):
         raise ValueError(f"data.bad_shards: got {bad_shards!r}, expected refuse or skip")
-    indices: list[ShardIndex] = []
-    faults: list[Fault] = []
     unusable: list[str] = []
+    num_usable = 0
     for path in remote.locate(shards) if remote else resolve_shards(shards):
         try:
-            index, found = remote.open_index(path) if remote else open_whole_samples(path)
-            indices.append(index)
-            faults += found
+            yield remote.open_index(path) if remote else open_whole_samples(path)
+            num_usable += 1
         except ValueError as error:
             unusable.append(str(error))
             kind = error.kind if isinstance(error, BrokenTarError) else "repeated_member"
-            faults.append(Fault(str(path), "", kind, str(error).removeprefix(f"{path}: ")))
-    if unusable and (bad_shards == "refuse" or not indices):
+            yield None, [Fault(str(path), "", kind, str(error).removeprefix(f"{path}: "))]
+    if unusable and (bad_shards == "refuse" or not num_usable):
         raise ValueError(_refusal(unusable, left_out=bad_shards == "skip"))
-    return indices, faults
 
 
 def open_whole_samples(path: Path) -> tuple[ShardIndex, list[Fault]]:
@@ -73,19 +82,41 @@ def open_whole_samples(path: Path) -> tuple[ShardIndex, list[Fault]]:
         return index, [Fault(str(path), "", "truncated_tar", reason)]
 
 
-def drop_without_payload(shards: Sequence[ShardIndex]) -> tuple[list[ShardIndex], list[Fault]]:
-    """Return the shards without samples that have neither an image nor moments, and a fault for each of these."""
-    indices, faults = [], []
-    for shard in shards:
-        has_payload = shard.has_any([*IMAGE_SUFFIXES, "npy"])
-        if has_payload.all():
-            indices.append(shard)
-            continue
-        indices.append(shard.select(np.flatnonzero(has_payload)))
-        for row in np.flatnonzero(~has_payload).tolist():
-            reason = f"got {sorted(shard.members(row))}, expected an image or moments"
-            faults.append(Fault(str(shard.path), shard.keys[row], "no_image", reason))
-    return indices, faults
+def drop_without_payload(shard: ShardIndex) -> tuple[ShardIndex, list[Fault]]:
+    """Return a shard without the samples that have neither an image nor moments, and a fault for each of these."""
+    has_payload = shard.has_any([*IMAGE_SUFFIXES, "npy"])
+    if has_payload.all():
+        return shard, []
+    faults = []
+    for row in np.flatnonzero(~has_payload).tolist():
+        reason = f"got {sorted(shard.members(row))}, expected an image or moments"
+        faults.append(Fault(str(shard.path), shard.keys[row], "no_image", reason))
+    return shard.select(np.flatnonzero(has_payload)), faults
+
+
+class Manifests:
+    """What the manifests beside shards say of them; each is read once."""
+
+    def __init__(self) -> None:
+        self._stated: dict[Path, dict[str, int]] = {}
+
+    def check(self, shard: ShardIndex) -> None:
+        """Refuse a shard of a set that is still being written, or with other samples than its manifest says.
+
+        Raises ValueError.
+        """
+        folder = shard.path.parent
+        if folder not in self._stated:
+            if (folder / IN_PROGRESS).exists():
+                raise ValueError(f"{folder}: got an unfinished set of shards, expected a whole one; write it again")
+            entries = (read_manifest(folder) or {}).get("shards", [])
+            self._stated[folder] = {entry["name"]: entry["num_samples"] for entry in entries}
+        stated = self._stated[folder].get(shard.path.name, len(shard))
+        if stated != len(shard):
+            raise ValueError(
+                f"{shard.path}: got {len(shard)} samples, expected {stated} as its manifest says; "
+                "write the shards again"
+            )
 
 
 def _whole_samples(path: Path) -> ShardIndex:
@@ -105,6 +136,6 @@ def _refusal(unusable: Sequence[str], *, left_out: bool) -> str:
     more = f"; and {len(unusable) - MAX_NAMED} more" if len(unusable) > MAX_NAMED else ""
     named = "; ".join(unusable[:MAX_NAMED])
     if len(unusable) == 1 and not left_out:
-        return named
+        return f"{named}, or set data.bad_shards=skip to leave it out"
     remedy = "expected some that can be read" if left_out else "or set data.bad_shards=skip to leave them out"
     return f"{len(unusable)} shards cannot be read: {named}{more}; {remedy}"

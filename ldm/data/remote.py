@@ -107,9 +107,11 @@ class ShardCache:
             return kept, []
         os.close(self.open(path))
         index, faults = open_whole_samples(path)
-        if not faults:
-            save_index(index, stamp=(self._source(path)["size"], 0))
-        return index, faults
+        if faults:
+            return index, faults
+        stamp = (self._source(path)["size"], 0)
+        save_index(index, stamp=stamp)
+        return read_index(path, stamp=stamp) or index, []
 
     def open(self, path: Path) -> int:
         """Return a descriptor of a shard, fetching it first where it has to be; while it is open, its copy stays."""
@@ -196,9 +198,17 @@ class ShardCache:
         if folder not in self._stated:
             folder.mkdir(parents=True, exist_ok=True)
             self._stated[folder] = self._fetch_lists(parent, folder)
-        if not _source_path(path).is_file():
+        if not _source_path(path).is_file() or self._has_changed(path):
+            for stale in (path, index_path(path), *folder.glob(f"{path.stem}.sizes-*.npy")):
+                stale.unlink(missing_ok=True)
             write_atomically(_source_path(path), json.dumps({"url": url}).encode())
         return path
+
+    def _has_changed(self, path: Path) -> bool:
+        """Say whether the list beside a remote shard states another one than was fetched."""
+        entry, source = self._entry(path), self._source(path)
+        pairs = ((entry.get("sha256"), source.get("sha256")), (entry.get("bytes"), source.get("size")))
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
     def _expand(self, pattern: str) -> list[str]:
         """Return the URLs of shards that a URL, a pattern or a folder names."""
@@ -226,10 +236,18 @@ class ShardCache:
         """Return what the lists beside remote shards state of each; the manifest is kept beside the copies."""
         stated: dict[str, dict[str, Any]] = {}
         for name in LISTS:
-            if self._fetch_small(f"{parent}/{name}", folder / name):
-                for entry in json.loads((folder / name).read_bytes())["shards"]:
-                    known = {key: value for key, value in entry.items() if value is not None}
-                    stated[entry["name"]] = stated.get(entry["name"], {}) | known
+            if not self._fetch_small(f"{parent}/{name}", folder / name):
+                continue
+            try:
+                entries = {entry["name"]: entry for entry in json.loads((folder / name).read_bytes())["shards"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{parent}/{name}: got no list of shards ({error!r}), expected what `ldm shard` or `ldm data "
+                    "index` writes; put it there again, or remove it"
+                ) from error
+            for shard, entry in entries.items():
+                known = {key: value for key, value in entry.items() if value is not None}
+                stated[shard] = stated.get(shard, {}) | known
         return stated
 
     def _fetch_index(self, path: Path, size: int) -> bool:

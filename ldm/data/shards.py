@@ -55,7 +55,8 @@ class ShardIndex:
     """Where everything in one shard lies.
 
     `offsets` and `sizes` are int64 (num_samples, len(suffixes)), in bytes from the start of the file; a size of -1
-    says that a sample has no member of that suffix.
+    says that a sample has no member of that suffix. Where the index is kept beside the shard, `stamp` is what it is
+    found again by, and `rows` says which of its samples were chosen, int (num_samples,); None: all.
     """
 
     path: Path
@@ -63,6 +64,8 @@ class ShardIndex:
     suffixes: tuple[str, ...]
     offsets: np.ndarray
     sizes: np.ndarray
+    stamp: tuple[int, int] | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -80,7 +83,8 @@ class ShardIndex:
     def select(self, rows: np.ndarray) -> "ShardIndex":
         """Return the index of these samples alone, int64 (n,), in this order."""
         keys = tuple(self.keys[row] for row in rows.tolist())
-        return ShardIndex(self.path, keys, self.suffixes, self.offsets[rows], self.sizes[rows])
+        chosen = (rows if self.rows is None else self.rows[rows]).astype(np.int32)
+        return ShardIndex(self.path, keys, self.suffixes, self.offsets[rows], self.sizes[rows], self.stamp, chosen)
 
     @property
     def digest(self) -> str:

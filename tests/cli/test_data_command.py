@@ -45,6 +45,9 @@ def test_index_writes_indices_and_says_what_there_is(shards: Path, capsys: pytes
 def test_index_fails_where_a_shard_cannot_be_read(shards: Path, fails: Callable[..., str]) -> None:
     (shards / "00001.tar").write_bytes(b"<html>")
     assert fails(1, "index", "shards=set", "sha256=false") == "shards that cannot be read: set/00001.tar"
+    (shards / "00000.tar").write_bytes((shards / "00000.tar").read_bytes()[:5000])
+    cut_off = "shards that are cut off, and read up to there: set/00000.tar"
+    assert fails(1, "index", "shards=set", "sha256=false").endswith(f"00001.tar; {cut_off}")
 
 
 def test_validate_is_silent_on_good_shards_and_fails_on_faults(

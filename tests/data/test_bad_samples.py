@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,9 +20,12 @@ from ldm.cli.train import data_faults
 from ldm.data import BadDataError, CorruptSampleError, ShardDataset
 from ldm.data.faults import KINDS, Fault
 from ldm.data.ledger import FILE, Ledger
+from ldm.data.position import ShardOrder
 from ldm.data.readable import open_readable
 from ldm.data.substitutes import GoodSamples
+from ldm.data.training_stream import BATCHES_BETWEEN_CHECKS
 
+HERE = Path(__file__).resolve().parent
 NUM_GOOD = 24
 SKIPPED = {kind for kind, (outcome, _) in KINDS.items() if outcome == "skipped"} - {
     *("truncated_tar", "missing_column", "unreadable")
@@ -173,8 +178,19 @@ def test_shards_that_are_no_tar_are_refused_all_at_once_or_left_out(tmp_path: Pa
         ("00005.tar", "not_a_tar"), ("00007.tar", "repeated_member"), ("00010.tar", "broken_tar"),
     }  # fmt: skip
     assert sorted(dataset.located(i)[1] for i in range(len(dataset))) == ["../../up", "a", "a", "a", "a", "b", "b"]
-    with pytest.raises(BadDataError, match=r"among 11 shards, expected at most data\.max_bad_fraction=0\.01"):
-        make_data(tmp_path, bad_shards="skip").dataset("train")
+    with pytest.raises(ValueError, match=r"00003\.tar: got an empty file, .* or set data\.bad_shards=skip to leave it"):
+        ShardDataset(tmp_path / "00003.tar", resolution=8)
+
+
+def test_shards_that_are_left_out_by_choice_do_not_stop_training(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for shard in range(2):
+        write_tar(tmp_path / "set" / f"{shard}.tar", [member for i in range(8) for member in good(f"{shard}{i}")])
+    for shard in range(2, 5):
+        (tmp_path / "set" / f"{shard}.tar").write_bytes(b"")
+    data = {"bad_shards": "skip", "max_bad_fraction": 0.0, "run_folder": tmp_path}
+    assert len(fit(tmp_path / "set", max_steps=6, data=data).seen) == 6
+    assert [(line["key"], line["kind"], line["position"]) for line in lines(tmp_path)] == [("", "empty_file", None)] * 3
 
 
 def test_bombs_take_no_memory_in_training(images: Path) -> None:
@@ -211,6 +227,46 @@ def test_ranks_write_each_line_once_and_know_each_others(tmp_path: Path) -> None
     assert first.is_too_bad(num_read=5, num_samples=11)
     assert not first.is_too_bad(num_read=5, num_samples=12)
     assert not first.is_too_bad(num_read=5, num_samples=10**6)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_where_only_one_of_them_met_the_bad_samples(tmp_path: Path) -> None:
+    count, half = 240, encode(noise(size=(64, 64)), "JPEG")[:900]
+    order, _ = ShardOrder([count], seed=3).take(0, count)
+    of_second = [int(index) for position, index in enumerate(order) if position % BATCH_SIZE >= BATCH_SIZE // 2]
+    bad = set(of_second[:12])
+    (tmp_path / "set").mkdir()
+    rows = [good(f"{i:03d}", jpg=half) if i in bad else good(f"{i:03d}") for i in range(count)]
+    write_tar(tmp_path / "set" / "0.tar", [member for row in rows for member in row])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "bad_rank_worker.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["steps"] == BATCHES_BETWEEN_CHECKS - 1
+    assert ranks[0]["told"].startswith(f"data: got 12 bad among {count} samples, expected at most")
+    assert sorted(int(line["key"]) for line in lines(tmp_path)) == sorted(bad)
+
+
+def test_what_the_index_shows_is_a_share_of_all_samples_and_what_reading_met_of_those_that_were_read() -> None:
+    ledger = Ledger(None, max_bad_fraction=0.01)
+    ledger.add([Fault("0.tar", str(i), "no_image", "none") for i in range(5_000)], split="train")
+    assert not ledger.is_too_bad(num_read=128, num_samples=10**6)
+    for position in range(6):
+        assert not ledger.is_too_bad(num_read=128, num_samples=10**6)
+        fault = Fault("1.tar", str(position), "broken_image", "half")
+        ledger.add([fault], split="train", position=position)
+    assert ledger.is_too_bad(num_read=128, num_samples=10**6)
+    told = str(ledger.error(num_read=128, num_samples=10**6))
+    assert "got 6 bad among 1,000 samples and 5000 bad among 1,000,000 in the index, expected at most" in told
+    assert not ledger.is_too_bad(num_read=5_000, num_samples=10**6)
+    nothing_met_here = Ledger(None, max_bad_fraction=0.01).error(num_read=128, num_samples=10**6)
+    assert "another process" in str(nothing_met_here)
 
 
 def test_it_is_told_at_the_first_the_tenth_and_the_hundredth(tmp_path: Path) -> None:

@@ -164,6 +164,14 @@ def test_a_missing_column_names_those_that_are_there(write_noise: WriteNoise) ->
         ShardDataset(write_noise(3), resolution=8, columns=["aesthetic"])
 
 
+@pytest.mark.parametrize("spelt", ["AESTHETIC", "aesthetic_score"])
+def test_columns_are_found_under_the_names_that_published_sets_give_them(tmp_path: Path, spelt: str) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    write_shards(tmp_path, [Record(pixels, "", {spelt: 5.5}), Record(pixels, "", {"aesthetic": 6})])
+    dataset = ShardDataset(tmp_path, resolution=4, columns=["aesthetic"])
+    assert [dataset[i, i, 0]["aesthetic"] for i in range(2)] == [5.5, 6]
+
+
 @pytest.mark.parametrize("value", [None, "5.1", [1]])
 def test_a_column_that_is_no_number_is_refused_by_key(tmp_path: Path, value: object) -> None:
     picture = encode(Image.new("RGB", (4, 4)))

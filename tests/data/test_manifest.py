@@ -15,6 +15,7 @@ from ldm.data import ShardDataset, ShardIndex, index_shard
 from ldm.data import index_file as index_file_module
 from ldm.data.index_file import index_path, open_index, read_index, save_index, stamp_of
 from ldm.data.manifest import CONTENTS, index_shards, read_contents
+from ldm.data.readable import open_whole_samples
 
 WriteNoise = Callable[..., Path]
 
@@ -148,10 +149,12 @@ def test_bad_shards_and_samples_are_told_and_the_others_indexed(tmp_path: Path) 
     entries = read_contents(tmp_path)
     assert {(name, fault["key"], fault["kind"]) for name, entry in entries.items() for fault in entry.bad} == expected
     usable = {name for name, entry in entries.items() if entry.is_usable}
-    assert usable == {f"{i:05d}.tar" for i in (2, 6, 8, 9, 11)}
+    assert usable == {f"{i:05d}.tar" for i in (1, 2, 6, 8, 9, 11)}
     assert {Path(path).name for path in sums["unusable"]} == set(entries) - usable
+    assert [Path(path).name for path in sums["cut_off"]] == ["00001.tar"]
+    assert entries["00001.tar"].num_samples == len(open_whole_samples(tmp_path / "00001.tar")[0]) > 0
     assert {path.name for path in tmp_path.glob("*.index.safetensors")} == {
-        name.replace(".tar", ".index.safetensors") for name in usable
+        name.replace(".tar", ".index.safetensors") for name in usable - {"00001.tar"}
     }
     assert sums["num_bad"] == len(expected)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from test_datamodule import fit, make_data, resume
 
-from ldm.data import ShardCache, ShardDataset
+from ldm.data import Record, ShardCache, ShardDataset, write_shards
 from ldm.data.decoding import UnreachableError
 from ldm.data.download import Patience, download
 from ldm.data.manifest import index_shards
@@ -268,3 +269,22 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
 def test_the_list_beside_shards_is_all_that_a_folder_needs(server: Server, tmp_path: Path) -> None:
     names = [entry["name"] for entry in json.loads((server.folder / "manifest.json").read_text())["shards"]]
     assert [path.name for path in cache(tmp_path).locate(server.url)] == names
+
+
+def test_a_broken_list_beside_remote_shards_is_told_by_its_url(bucket: str, tmp_path: Path) -> None:
+    for content in (b"<html>", b"[]", b'{"shards": [{}]}'):
+        fsspec.filesystem("memory").pipe(f"{bucket}/manifest.json", content)
+        with pytest.raises(ValueError, match=rf"^{bucket}/manifest\.json: got no list of shards .*put it there again"):
+            make_data(bucket, remote=cache(tmp_path))  # type: ignore[arg-type]
+
+
+def test_shards_that_were_written_anew_are_fetched_anew_where_their_manifest_says_so(
+    bucket: str, tmp_path: Path
+) -> None:
+    memory = fsspec.filesystem("memory")
+    assert ShardDataset(bucket, resolution=8, remote=cache(tmp_path))[0, 0, 0]["caption"] == "noise 0"
+    write_shards(tmp_path / "new", [Record(np.zeros((8, 8, 3), np.uint8), f"other {i}") for i in range(9)])
+    for path in (tmp_path / "new").iterdir():
+        memory.pipe(f"{bucket}/{path.name}", path.read_bytes())
+    dataset = ShardDataset(bucket, resolution=8, remote=cache(tmp_path))
+    assert [dataset[i, i, 0]["caption"] for i in range(len(dataset))] == [f"other {i}" for i in range(9)]

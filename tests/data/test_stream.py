@@ -13,7 +13,7 @@ import webdataset
 from fault_shards import Touches, good, sample_faults, write_shard_faults, write_tar
 from test_datamodule import BATCH_SIZE, fit, make_data, resume
 
-from ldm.data import ShardCache, StreamSettings
+from ldm.data import BadDataError, ShardCache, StreamSettings
 from ldm.data.decoding import UnreachableError
 from ldm.data.stream import secure_webdataset
 
@@ -75,7 +75,9 @@ def test_bad_samples_and_shards_are_noted_and_read_past(tmp_path: Path) -> None:
     write_shard_faults(tmp_path / "set")
     data = stream() | {"max_bad_fraction": 1.0, "run_folder": tmp_path, "columns": ["aesthetic"]}
     data["stream"] = StreamSettings(epoch_samples=400, shuffle_buffer=4)
-    model = fit(tmp_path / "set", max_steps=60, data=data)
+    with pytest.raises(BadDataError, match=r"tar: \w+ \(got .*; write the shard again, or set data\.bad_shards=skip"):
+        fit(tmp_path / "set", max_steps=60, data=data)
+    model = fit(tmp_path / "set", max_steps=60, data=data | {"bad_shards": "skip"})
     assert len(model.seen) == 60
     kinds = {json.loads(line)["kind"] for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()}
     assert {"broken_image", "image_bomb", "oversized_member", "no_image", "not_a_tar", "truncated_tar"} <= kinds

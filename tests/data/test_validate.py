@@ -98,7 +98,7 @@ def test_the_outcome_is_what_training_does(
         return
     index = index_shard(tmp_path / "0.tar")
     if kind == "no_image":
-        assert [fault.kind for fault in drop_without_payload([index])[1]] == ["no_image"]
+        assert [fault.kind for fault in drop_without_payload(index)[1]] == ["no_image"]
         return
     with pytest.raises(CorruptSampleError, match=rf"0\.tar: {kind}\.\w+ cannot be decoded") as caught:
         decode(index, 0, ShardReader(), suffixes=index.suffixes)
