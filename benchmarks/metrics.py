@@ -2,11 +2,12 @@
 
     python benchmarks/metrics.py compare --images 50000      # each metric of each library in its own process
     python benchmarks/metrics.py evaluation --images 50000   # FID, KID and IS (and precision and recall) together
+    python benchmarks/metrics.py networks --images 16        # what Inception takes for these three, on few images
     python benchmarks/metrics.py roots                       # tr (S_1 S_2)^(1/2) against scipy
 
-Features are random numbers, N x 2048 on each side (logits N x 1008 for the Inception Score), handed over in batches of
-64 as a network would. What a network costs is the same for all and left out. Seconds are those of the processor, so
-that other work on the machine does not count: compare with OMP_NUM_THREADS=1. Needs the test extra.
+But for `networks`, features are random numbers, N x 2048 on each side (logits N x 1008 for the Inception Score), handed
+over in batches of 64 as a network would. Seconds are those of the processor, so that other work on the machine does not
+count: compare with OMP_NUM_THREADS=1. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 BATCH = 64
 FEATURES, LOGITS = 2048, 1008
+# Pixels of the images that `networks` shows.
+IMAGE_SIDE = 256
 
 
 class Drawn(nn.Module):
@@ -134,13 +138,12 @@ class Numbered:
 def our_evaluation(name: str, num_images: int) -> object:
     """Metrics of `ldm evaluate`, separated by +, from features that a store gets a part at a time, as it does."""
     import tempfile
-    from pathlib import Path
 
     import numpy as np
 
     from ldm import metrics
-    from ldm.generation.evaluate_features import FeatureStore
-    from ldm.generation.evaluate_measure import Measurement
+    from ldm.generation.evaluation.features import FeatureStore
+    from ldm.generation.evaluation.measurement import Measurement
 
     kinds = {"fid": metrics.FrechetDistance, "kid": metrics.KernelDistance, "precision_recall": metrics.PrecisionRecall}
     wide, logits = Drawn(FEATURES, 0), Drawn(LOGITS, 0)
@@ -175,6 +178,74 @@ def their_evaluation(name: str, num_images: int) -> object:
             metric.update(images, real=True)
             metric.update(images, real=False)
     return [metric.compute() for metric in [*pairs, score]]
+
+
+def networks(num_images: int) -> None:
+    """Prints what Inception with random weights takes of FID, KID and IS together, a real and a generated image each.
+
+    Ours sees every image once; torchmetrics has a network a metric.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place:
+        weights = Path(place) / "inception.pth"
+        write_random_inception(weights)
+        print("| FID, KID and IS | CPU seconds a pair of images | pairs/s |\n|---|---:|---:|")
+        for name, show in (("ldm", our_networks(weights)), ("torchmetrics", their_networks(weights))):
+            show(2)
+            start = time.process_time()
+            show(num_images)
+            seconds = (time.process_time() - start) / num_images
+            print(f"| {name} | {seconds:.3f} | {1 / seconds:.2f} |", flush=True)
+
+
+def write_random_inception(path: Path) -> None:
+    """Weights of torch-fidelity's network, which can only be built from a file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unread(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state: object) -> None:
+            """Leaves the weights as they were drawn."""
+
+    torch.save({}, path)
+    torch.save(Unread("inception-v3-compat", ["2048"], str(path)).state_dict(), path)
+
+
+def our_networks(weights: Path) -> Callable[[int], object]:
+    """Shows N images of each side to the networks of our three metrics."""
+    from ldm import metrics
+
+    wide, logits = (metrics.InceptionFeatures(weights, output=output) for output in ("2048", "logits_unbiased"))
+    kinds = [metrics.FrechetDistance(wide), metrics.KernelDistance(wide), metrics.InceptionScore(logits)]
+    generated = metrics.share_networks(kinds)
+    real = {key: network for key, network in generated.items() if network is wide}
+
+    def show(num_images: int) -> None:
+        for found in (generated, real):
+            for part in torch.zeros(num_images, 3, IMAGE_SIDE, IMAGE_SIDE).split(BATCH):
+                metrics.extract(found, part)
+
+    return show
+
+
+def their_networks(weights: Path) -> Callable[[int], object]:
+    """Shows N images of each side to torchmetrics' three."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    kinds = [FrechetInceptionDistance, KernelInceptionDistance]
+    pairs = [kind(feature=FEATURES, feature_extractor_weights_path=str(weights)) for kind in kinds]
+    score = InceptionScore(feature="logits_unbiased", feature_extractor_weights_path=str(weights))
+
+    def show(num_images: int) -> None:
+        for part in torch.zeros(num_images, 3, IMAGE_SIDE, IMAGE_SIDE, dtype=torch.uint8).split(BATCH):
+            score.update(part)
+            for metric in pairs:
+                metric.update(part, real=True)
+                metric.update(part, real=False)
+
+    return show
 
 
 LIBRARIES: dict[str, tuple[Callable[[str, int], object], tuple[str, ...]]] = {
@@ -222,14 +293,15 @@ def roots() -> None:
     """Prints processor seconds for tr (S_1 S_2)^(1/2) by singular values and by scipy's matrix square root."""
     from scipy.linalg import sqrtm
 
-    from ldm.metrics.fid import trace_sqrt_product
+    from ldm.metrics import Statistics, frechet_distance
 
     print("| D | svd of factors, s | scipy sqrtm, s | relative difference |\n|---:|---:|---:|---:|")
     for size in (512, 1024, 2048):
         sides = [torch.rand(2 * size, size, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1)]
         a, b = (side.T.cov() for side in sides)
         start = time.process_time()
-        mine = trace_sqrt_product(a, b).item()
+        one, other = (Statistics(torch.zeros(size).double(), side) for side in (a, b))
+        mine = (a.trace() + b.trace() - frechet_distance(one, other)).item() / 2
         middle = time.process_time()
         theirs = float(sqrtm((a @ b).numpy()).real.trace())
         end = time.process_time()
@@ -247,12 +319,16 @@ def main() -> None:
     one.add_argument("name")
     for command in (table, whole, one):
         command.add_argument("--images", type=int, default=50_000)
+    few = commands.add_parser("networks")
+    few.add_argument("--images", type=int, default=16)
     commands.add_parser("roots")
     arguments = parser.parse_args()
     if arguments.command in ("compare", "evaluation"):
         compare(arguments.images, together=arguments.command == "evaluation")
     elif arguments.command == "measure":
         measure(arguments.library, arguments.name, arguments.images)
+    elif arguments.command == "networks":
+        networks(arguments.images)
     else:
         roots()
 

@@ -33,7 +33,8 @@ from ldm.cli.trust import check_targets
 
 if TYPE_CHECKING:
     from ldm.generation import Pipeline
-    from ldm.generation.evaluate import Evaluation
+    from ldm.generation.evaluation.evaluate import Evaluation
+    from ldm.generation.evaluation.told import Tell
 
 SECONDS_BETWEEN_REPORTS = 10.0
 # What says how to sample, and what it is where nobody says it: nothing is sampled from images= and reconstruct=.
@@ -92,8 +93,8 @@ def measure_images(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import torch
 
     from ldm.cli.sampling import usable_device
-    from ldm.generation.evaluate import Subject
-    from ldm.generation.evaluate_work import FreeWorkers
+    from ldm.generation.evaluation.evaluate import Subject
+    from ldm.generation.evaluation.workers import FreeWorkers
 
     evaluation = evaluation_of(config, None, None)
     with user_mistakes():
@@ -121,9 +122,9 @@ def measure_autoencoder(config: DictConfig) -> tuple[Path, dict[str, float]]:
 
     from ldm.autoencoders import Autoencoder
     from ldm.cli.sampling import usable_device
-    from ldm.generation.evaluate import Subject
-    from ldm.generation.evaluate_reconstruction import evaluate_reconstructions, with_codes
-    from ldm.generation.evaluate_work import FreeWorkers
+    from ldm.generation.evaluation.evaluate import Subject
+    from ldm.generation.evaluation.reconstruction import evaluate_reconstructions, with_codes
+    from ldm.generation.evaluation.workers import FreeWorkers
 
     with user_mistakes():
         file = autoencoder_file(config)
@@ -158,15 +159,16 @@ def measure_model(config: DictConfig) -> tuple[Path, dict[str, float]]:
     settings = chosen_settings(config, pipeline)
     evaluation = evaluation_of(config, folder, pipeline) if own is None else build(own)
     with in_precision(config.precision, pipeline):
+        tell = None if config.conditions is None else find_telling(evaluation, pipeline, config, folder)
         about = description(evaluation, pipeline, settings, config, checkpoint, folder)
         out = place_of(evaluation, about, config, folder)
         if elsewhere:
             told.checkpoint = str(checkpoint.absolute())
             in_other_processes(told, out, measure_model)
-        figures = measured(evaluation, pipeline, out, about, settings=settings, config=config)
+        figures = measured(evaluation, pipeline, out, about, tell=tell, settings=settings, config=config)
         if about is not None:
             lay_training_beside(evaluation, out, config, folder, pipeline)
-            draw_strips(pipeline, out, config, settings)
+            draw_strips(pipeline, out, config, settings, tell)
     return out, figures
 
 
@@ -189,7 +191,7 @@ def description(
     folder: Path | None,
 ) -> dict[str, Any] | None:
     """What the protocol says of the model; None for an experiment's evaluation of another kind than ours."""
-    from ldm.generation.evaluate import Evaluation
+    from ldm.generation.evaluation.evaluate import Evaluation
 
     if not isinstance(evaluation, Evaluation):
         return None
@@ -200,7 +202,7 @@ def description(
 
 def place_of(evaluation: Any, about: dict[str, Any] | None, config: DictConfig, folder: Path | None) -> Path:
     """The folder of the figures: the one that was named, or one for what is sampled."""
-    from ldm.generation.evaluate_folder import digest
+    from ldm.generation.evaluation.folder import digest
 
     if config.out is not None:
         return Path(config.out)
@@ -214,12 +216,14 @@ def measured(
     out: Path,
     about: dict[str, Any] | None,
     *,
+    tell: Tell | None,
     settings: dict[str, Any],
     config: DictConfig,
 ) -> dict[str, float]:
     """The figures, which are in the folder then; the experiment's own evaluation may be of any kind."""
-    from ldm.generation.evaluate import Subject
-    from ldm.generation.evaluate_work import FreeWorkers
+    from ldm.generation.evaluation.evaluate import Subject
+    from ldm.generation.evaluation.told import evaluate_told
+    from ldm.generation.evaluation.workers import FreeWorkers
 
     if about is None:
         return cast("dict[str, float]", evaluation(pipeline, out, **settings))
@@ -229,8 +233,9 @@ def measured(
         )
         write_config(out, config)
         workers = FreeWorkers(progress())
-        if config.conditions is not None:
-            return measured_told(evaluation, pipeline, Subject(out, pipeline.device, about, workers), settings, config)
+        if tell is not None:
+            subject = Subject(out, pipeline.device, about, workers)
+            return evaluate_told(evaluation, pipeline, tell, subject, settings=settings)
         found = evaluation(pipeline, out, about=about, workers=workers, **settings)
         return cast("dict[str, float]", found)
 
@@ -242,8 +247,8 @@ def lay_training_beside(
     import torch
 
     from ldm.cli.sampling import usable_device
-    from ldm.generation.evaluate_training import keep_beside
-    from ldm.generation.evaluate_work import FreeWorkers
+    from ldm.generation.evaluation.training_images import keep_beside
+    from ldm.generation.evaluation.workers import FreeWorkers
 
     with user_mistakes():
         training = find_training(config, folder, pipeline)
@@ -252,21 +257,22 @@ def lay_training_beside(
             keep_beside(evaluation, training, out, device=device, workers=FreeWorkers(progress()))
 
 
-def measured_told(
-    evaluation: Any, pipeline: Pipeline, subject: Any, settings: dict[str, Any], config: DictConfig
-) -> dict[str, float]:
-    """The figures of pictures that are made of what the samples of a split tell.
+def find_telling(evaluation: Any, pipeline: Pipeline, config: DictConfig, folder: Path | None) -> Tell:
+    """How the samples of the split `conditions` tell the network what their pictures are made of.
 
     Raises:
-        UserError: the model's own config names no data.
+        UserError: the model's own config names no data, or its evaluation is of another kind than ours.
     """
-    from ldm.generation.evaluate_told import evaluate_told
+    from ldm.generation.evaluation.evaluate import Evaluation
+    from ldm.generation.evaluation.told import telling
 
-    folder = run_folder_of(Path(str(subject.about["checkpoint"]["path"])).absolute())
-    data = own_node(config, folder, "data")
-    if data is None:
-        raise UserError("conditions: got a model whose own config names no data, expected a run folder's")
-    return evaluate_told(evaluation, pipeline, build(data), subject, split=str(config.conditions), settings=settings)
+    if not isinstance(evaluation, Evaluation):
+        raise UserError("conditions: got one with the model's own evaluation; set metrics=[fid]")
+    with user_mistakes():
+        data = own_node(config, folder, "data")
+        if data is None:
+            raise UserError("conditions: got a model whose own config names no data, expected a run folder's")
+        return telling(evaluation, pipeline, build(data), split=str(config.conditions))
 
 
 def find_evaluation(config: DictConfig, folder: Path | None) -> DictConfig:

@@ -17,7 +17,7 @@ from ldm.cli.trust import check_targets
 
 if TYPE_CHECKING:
     from ldm.generation import Pipeline
-    from ldm.generation.evaluate import Evaluation
+    from ldm.generation.evaluation.evaluate import Evaluation
 
 VALIDATION = "validation"
 
@@ -32,8 +32,8 @@ def evaluation_of(config: DictConfig, folder: Path | None, pipeline: Pipeline | 
     Raises:
         UserError: there are no prompts, or a setting is wrong.
     """
-    from ldm.generation.evaluate import Evaluation
-    from ldm.generation.evaluate_measure import needs_real
+    from ldm.generation.evaluation.evaluate import Evaluation
+    from ldm.generation.evaluation.measurement import needs_real
 
     with user_mistakes():
         metrics = {str(name): build(node) for name, node in config.metric.items()}
@@ -66,7 +66,7 @@ def find_prompts(
         UserError: there are none, or a model without words is asked for an unknown number of samples.
         ValueError: the file cannot be read.
     """
-    from ldm.generation.evaluate_prompts import caption_prompts, own_prompts, read_prompts
+    from ldm.generation.evaluation.prompts import caption_prompts, own_prompts, read_prompts
 
     if config.get("conditions") is not None:
         # Their captions take the place of these.
@@ -109,7 +109,7 @@ def find_training(config: DictConfig, folder: Path | None, pipeline: Pipeline | 
     if config.report is None or not (config.report.neighbours and config.report.per_sample):
         return None
     from ldm.data import ShardDataset
-    from ldm.generation.evaluate_images import SplitImages, open_images
+    from ldm.generation.evaluation.images import SplitImages, open_images
 
     if config.report.training is not None:
         return open_images(str(config.report.training), resolution=resolution_of(config, pipeline))
@@ -178,8 +178,8 @@ def evaluate_at_end(evaluation: Any, pipeline: Pipeline, folder: Path) -> dict[s
 
     An evaluation of another kind than ours writes into the run folder itself.
     """
-    from ldm.generation.evaluate import Evaluation
-    from ldm.generation.evaluate_folder import RESULT, holds_another
+    from ldm.generation.evaluation.evaluate import Evaluation
+    from ldm.generation.evaluation.folder import RESULT, holds_another
 
     if not isinstance(evaluation, Evaluation):
         return cast("dict[str, float]", evaluation(pipeline, folder))

@@ -20,6 +20,7 @@ from ldm.cli.run_folder import run_folder_of, write_json
 
 if TYPE_CHECKING:
     from ldm.generation import Pipeline
+    from ldm.generation.evaluation.told import Tell
     from ldm.generation.report import Amounts, Comparison, EvaluationFolder
 
 PAGE, FIGURES, EVALUATIONS = "report.html", "evaluation.json", "evaluations"
@@ -43,13 +44,18 @@ def averaged_checkpoint(checkpoint: Path, sigma_rel: float | None) -> Path:
     return averaged(folder, sigma_rel)
 
 
-def draw_strips(pipeline: Pipeline, out: Path, config: DictConfig, settings: Mapping[str, Any]) -> None:
+def draw_strips(
+    pipeline: Pipeline, out: Path, config: DictConfig, settings: Mapping[str, Any], tell: Tell | None
+) -> None:
     """Writes what the model believed on the way to some of the evaluation's samples, for the page.
 
     All processes of the evaluation share the strips out.
+
+    Args:
+        tell: what the network is told besides prompts; None = nothing.
     """
     from ldm.generation import Order
-    from ldm.generation.evaluate_work import FreeWorkers
+    from ldm.generation.evaluation.workers import FreeWorkers
     from ldm.generation.report import EvaluationFolder, strip_tasks
     from ldm.generation.report.vote_page import spread
 
@@ -60,7 +66,8 @@ def draw_strips(pipeline: Pipeline, out: Path, config: DictConfig, settings: Map
     samples = [evaluation.sample(index) for index in indices]
     orders = [Order(sample.prompt, sample.seed or 0, str(config.negative_prompt)) for sample in samples]
     chosen = replace(pipeline.settings, **settings)
-    FreeWorkers().do(strip_tasks(pipeline, orders, out, indices=indices, settings=chosen), out)
+    how = None if tell is None else lambda order: tell([order.seed])
+    FreeWorkers().do(strip_tasks(pipeline, orders, out, indices=indices, settings=chosen, how=how), out)
 
 
 def wants_page(out: Path, config: DictConfig) -> bool:
@@ -78,14 +85,19 @@ def report_evaluation(out: Path, config: DictConfig) -> None:
 
 
 def report_sweep(folders: Sequence[Path]) -> None:
-    """Writes one page of all evaluations of a sweep, with curves, beside them."""
+    """Writes one page of all evaluations of a sweep, with curves, beside them, and as many pictures as theirs have.
+
+    With `report=null` they have no pages: nothing was laid beside them to look for neighbours in.
+    """
     names = list(dict.fromkeys(str(folder) for folder in folders if (folder / FIGURES).is_file()))
     if len(names) < 2 or rank():
         return
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
     evaluations = open_folders(names)
     out = Path(names[0]).parent / f"sweep-{digest}"
-    tell(evaluations, write_report(evaluations, out))
+    own = Path(names[0]) / "config.yaml"
+    amounts = OmegaConf.load(own).report if own.is_file() else None
+    tell(evaluations, write_report(evaluations, out, amounts=amounts or OmegaConf.create({"neighbours": 0})))
 
 
 def open_folders(value: Any) -> list[EvaluationFolder]:
@@ -149,7 +161,7 @@ def write_report(
     Raises:
         UserError: a setting is wrong.
     """
-    from ldm.generation.evaluate_work import write_text
+    from ldm.generation.evaluation.workers import write_text
     from ldm.generation.report import curves, report_page, write_curves
 
     comparisons = compared(evaluations, card)

@@ -12,7 +12,7 @@ from rich.table import Table
 from ldm.cli.chain import shown
 from ldm.cli.console import say, show
 from ldm.cli.sweep_best import best_command, write_best
-from ldm.cli.sweep_plots import page
+from ldm.cli.sweep_plots import sweep_page
 from ldm.cli.sweep_study import Study, importances
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def conclude(folder: Path, study: Study, plan: Plan) -> FrozenTrial | None:
     """Writes what the trials so far found and prints it; returns the best trial, or None where none finished."""
     shares = importances(study)
     write_trials(folder / "trials.csv", study)
-    (folder / "report.html").write_text(page(study, objective=plan.objective, shares=shares))
+    (folder / "report.html").write_text(sweep_page(study, objective=plan.objective, shares=shares))
     show(trial_table(study, plan.objective))
     say(f"  sweep folder  {shown(folder)}")
     say(f"  report.html   {shown(folder / 'report.html')}")

@@ -113,5 +113,5 @@ def report(verdict: Verdict, names: Sequence[str], *, confidence: float) -> None
         say(f"  prompts       {verdict.num_prompts}: as much evidence as {verdict.effective:.1f} independent votes")
     if verdict.num_repeated:
         say(f"  left out      {verdict.num_repeated} votes that the same person took back or repeated")
-    if verdict.first + verdict.second >= 20 and abs(verdict.left - 0.5) > 0.2:
+    if verdict.left is not None and verdict.first + verdict.second >= 20 and abs(verdict.left - 0.5) > 0.2:
         say(f"  note          {verdict.left:.0%} of the choices are the picture on the left", style="yellow")

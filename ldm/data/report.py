@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data import page
 from ldm.data.filters import Filter
 from ldm.data.index_file import open_index, write_atomically
 from ldm.data.parallel import map_in_order
@@ -17,6 +16,7 @@ from ldm.data.rows import check_metadata
 from ldm.data.shards import resolve_shards
 from ldm.data.similar import near_duplicates
 from ldm.data.statistics import ColumnValues, Measured, Task, measure_shard, spread
+from ldm.pages import page
 
 REPORT, PAGE = "report.json", "index.html"
 NUM_BINS = 40

@@ -50,13 +50,11 @@ class ClassAccuracy(Metric):
         self.hits += self._hits(self.classifier(as_seen(images)), labels).sum()
         self.count += len(images)
 
-    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
-        """Adds generated images by their logits (B, num_features) and batch[column], the classes (B,) asked for."""
-        self.hits += self.score(features, batch).long().sum()
-        self.count += len(features)
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> Tensor:
+        """Adds generated images by their logits (B, num_features) and batch[column], the classes (B,) asked for.
 
-    def score(self, features: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """1.0 for each image (B,) whose class is among the guesses, else 0.0; arguments as in `see`.
+        Returns:
+            1.0 for each image (B,) whose class is among the guesses, else 0.0.
 
         Raises:
             ValueError: the batch has no such label.
@@ -66,7 +64,10 @@ class ClassAccuracy(Metric):
                 f"got prompts with the labels {sorted(batch)}, expected {self.column} for the class accuracy; give "
                 "prompts with that column, or set column"
             )
-        return self._hits(features, torch.as_tensor(batch[self.column])).double()
+        hits = self._hits(features, torch.as_tensor(batch[self.column]))
+        self.hits += hits.sum()
+        self.count += len(features)
+        return hits.double()
 
     def _hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         if len(logits) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:

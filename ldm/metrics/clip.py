@@ -117,13 +117,14 @@ class TransformersCLIPFeatures(nn.Module):
     """Embeddings of a CLIP model in the format of Hugging Face transformers.
 
     Args:
-        path: folder with the model and its tokenizer, as `save_pretrained` writes them; nothing is ever downloaded.
+        path: folder with the model and its tokenizer, as `save_pretrained` writes them; nothing is ever downloaded,
+            so that None is an error as well.
 
     Raises:
         FileNotFoundError: no such folder; the message names folder, source and option.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str | None) -> None:
         super().__init__()
         from transformers import AutoTokenizer, CLIPModel
 

@@ -54,17 +54,18 @@ class CLIPScore(Metric):
             raise ValueError(f"got {len(images)} images with {len(prompts)} prompts, expected one each")
         self.see(self.clip.embed_images(as_seen(images)), {"prompt": prompts}, real=False)
 
-    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
-        """Adds generated images by their embeddings (B, D) and batch["prompt"], their B prompts."""
-        self.total += self.score(features, batch).sum() / 100
-        self.count += len(features)
+    def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> Tensor:
+        """Adds generated images by their embeddings (B, D) and batch["prompt"], their B prompts.
 
-    def score(self, features: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """100 times the cosine of each image (B,), float64; arguments as in `see`."""
-        texts = list(dict.fromkeys(batch["prompt"]))
-        rows = [texts.index(text) for text in batch["prompt"]] if len(texts) < len(features) else range(len(texts))
-        embedded = self.clip.embed_texts(texts)[list(rows)]
-        return 100 * (features.double() * embedded.to(features.device).double()).sum(dim=1)
+        Returns:
+            100 times the cosine of each image (B,), float64.
+        """
+        rows = {text: row for row, text in enumerate(dict.fromkeys(batch["prompt"]))}
+        embedded = self.clip.embed_texts(list(rows)).to(features.device).double()
+        cosines = (features.double() * embedded[[rows[text] for text in batch["prompt"]]]).sum(dim=1)
+        self.total += cosines.sum()
+        self.count += len(features)
+        return 100 * cosines
 
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol."""

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from ldm.metrics.features import as_seen, num_features_of
 from ldm.metrics.fid import frechet_distance, gaussian
 from ldm.metrics.inception_score import inception_score
+from ldm.metrics.statistics import Statistics
 
 # Rows of the sums: generated images, and real ones in two halves, so that real can be compared with real.
 GENERATED, FIRST_HALF, SECOND_HALF = range(3)
@@ -148,11 +149,11 @@ class DigitReport(Metric):
     def _distance(self, rows: list[int], others: list[int]) -> float:
         if min(self.counts[rows].sum(), self.counts[others].sum()) < 2:
             return float("nan")
-        sides = [
-            gaussian(self.sums[side].sum(dim=0), self.outers[side].sum(dim=0), self.counts[side].sum())
+        one, other = (
+            Statistics(*gaussian(self.sums[side].sum(dim=0), self.outers[side].sum(dim=0), self.counts[side].sum()))
             for side in (rows, others)
-        ]
-        return frechet_distance(*sides[0], *sides[1]).item()
+        )
+        return frechet_distance(one, other).item()
 
 
 def half_of(scan: Tensor) -> Tensor:

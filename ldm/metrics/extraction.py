@@ -18,13 +18,17 @@ from ldm.metrics.features import as_seen, describe_network
 def share_networks(metrics: Iterable[Metric]) -> dict[str, nn.Module]:
     """The feature networks of metrics by `network_key`; equal ones become one, whose copies the metrics let go of.
 
-    A metric that can be fed with features has `see`, and `network_name`, the attribute that holds its network.
+    A metric that can be fed with features has `see`, and `network_name`, the attribute that holds its network. Networks
+    of one `trunk`, which differ in the output that they take alone, keep one `network` together.
     """
     networks: dict[str, nn.Module] = {}
+    trunks: dict[str, nn.Module] = {}
     for metric in metrics:
         name = getattr(metric, "network_name", None)
         if name is not None:
             network = getattr(metric, name)
+            if hasattr(network, "trunk"):
+                network.network = trunks.setdefault(network.trunk, network.network)
             setattr(metric, name, networks.setdefault(network_key(network), network))
     return networks
 
@@ -63,15 +67,20 @@ def extract(networks: Mapping[str, nn.Module], images: Tensor) -> dict[str, Tens
     return found
 
 
-def feed(metric: Any, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
+@torch.no_grad()
+def feed(metric: Any, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> Tensor | None:
     """Shows features (B, D) to a metric, which then counts as updated.
 
     Args:
         batch: what belongs to the images besides: "index" (B,), "prompt" (a list), labels (B,).
+
+    Returns:
+        The value of each image (B,), of a metric that has one of each; else None.
     """
-    metric.see(features, batch, real=real)
+    values: Tensor | None = metric.see(features, batch, real=real)
     metric._update_count += 1
     metric._computed = None
+    return values
 
 
 def figures(metric: Any) -> dict[str, float]:

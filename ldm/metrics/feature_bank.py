@@ -86,11 +86,6 @@ class FeatureBank(Metric):
         """What goes into the protocol: the feature network and what is kept."""
         return {"features": describe_network(self.features), "max_images": self.max_images, "seed": self.seed}
 
-    def reset_generated(self) -> None:
-        """Forgets the generated images and keeps the real ones."""
-        self.generated_features, self.generated_numbers = [], []
-        self._computed = None
-
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Shares only what can stay, and an empty table where a rank has seen nothing, which torchmetrics cannot."""
         self._settle("generated")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldm.metrics.features import as_seen, describe_network, num_features_of
+from ldm.metrics.products import gram
 from ldm.metrics.statistics import Statistics
 
 
@@ -66,7 +67,7 @@ class FrechetDistance(Metric):
         refuse_real_beside(self.reference, real)
         wide = features.double()
         self.sums[int(real)] += wide.sum(dim=0)
-        self.outers[int(real)] += wide.T @ wide
+        self.outers[int(real)] += gram(wide)
         self.counts[int(real)] += len(wide)
 
     def check_counts(self, num_generated: int, num_real: int | None) -> None:
@@ -79,12 +80,6 @@ class FrechetDistance(Metric):
     def refer_to(self, statistics: Statistics | Path | str) -> None:
         """Takes statistics, or a file of them, in the place of real images, as the argument `reference` does."""
         self.reference = open_reference(statistics, self.features)
-
-    def reset_generated(self) -> None:
-        """Forgets the generated images and keeps the real ones, which do not change from one evaluation to the next."""
-        for total in (self.sums, self.outers, self.counts):
-            total[0] = 0
-        self._computed = None
 
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol: the feature network, and where the reference comes from."""
@@ -109,7 +104,8 @@ class FrechetDistance(Metric):
             return torch.full((), torch.nan, dtype=torch.float64, device=self.sums.device)
         generated = self._statistics(0, {})
         real = self.reference or self._statistics(1, {})
-        return distance_between(generated, real)
+        warn_of_few(generated.count, real.count, len(generated.mean))
+        return frechet_distance(generated, real)
 
     def _statistics(self, row: int, provenance: Mapping[str, Any]) -> Statistics:
         count = int(self.counts[row])
@@ -154,13 +150,6 @@ def describe_reference(reference: Statistics | None) -> dict[str, Any]:
     return {"reference": {"count": reference.count, **reference.provenance}}
 
 
-def distance_between(generated: Statistics, real: Statistics) -> Tensor:
-    """The distance, float64; warns where either set has fewer images than dimensions."""
-    warn_of_few(generated.count, real.count, len(generated.mean))
-    device = generated.mean.device
-    return frechet_distance(generated.mean, generated.covariance, real.mean.to(device), real.covariance.to(device))
-
-
 def warn_of_few(num_generated: int | None, num_real: int | None, size: int) -> None:
     """Warns of fewer images than dimensions on either side; None = unknown."""
     if min(count for count in (num_generated, num_real, size) if count is not None) < size:
@@ -177,25 +166,14 @@ def gaussian(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tenso
     return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
-def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> Tensor:
-    """Squared Fréchet distance between two Gaussians with means (D,) and covariances (D, D); never negative."""
-    cross = trace_sqrt_product(covariance_1, covariance_2)
-    distance = (mean_1 - mean_2).square().sum() + covariance_1.trace() + covariance_2.trace() - 2 * cross
-    return distance.clamp_min(0)
+def frechet_distance(one: Statistics, other: Statistics) -> Tensor:
+    """Squared Fréchet distance between two Gaussians, a float64 scalar; never negative.
 
-
-def trace_sqrt_product(covariance_1: Tensor, covariance_2: Tensor) -> Tensor:
-    """tr (S_1 S_2)^(1/2) of two positive semi-definite matrices (D, D).
-
-    With S_i = F_i F_i^T the eigenvalues of S_1 S_2 are the squared singular values of F_1^T F_2, so their roots are
-    the singular values themselves: real, not negative, and without the loss of half the digits that a root of small
-    eigenvalues brings.
+    With S_i = F_i F_i^T the eigenvalues of S_1 S_2 are the squared singular values of F_1^T F_2, so the trace of its
+    root is the sum of the singular values themselves: real, not negative, and without the loss of half the digits that
+    a root of small eigenvalues brings.
     """
-    return torch.linalg.svdvals(_factor(covariance_1).T @ _factor(covariance_2)).sum()
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    # Eigenvalues below the rounding of the largest are rank deficiency, not spread.
-    noise = len(values) * torch.finfo(values.dtype).eps * values.amax()
-    return vectors * torch.where(values > noise, values, 0).sqrt()
+    device = one.mean.device
+    shift = (one.mean - other.mean.to(device)).square().sum()
+    cross = torch.linalg.svdvals(one.factor.T @ other.factor.to(device)).sum()
+    return (shift + one.covariance.trace() + other.covariance.trace().to(device) - 2 * cross).clamp_min(0)

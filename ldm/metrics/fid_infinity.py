@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.metrics.feature_bank import FeatureBank, subset
-from ldm.metrics.fid import describe_reference, distance_between, open_reference, refuse_real_beside
+from ldm.metrics.fid import describe_reference, frechet_distance, open_reference, refuse_real_beside
 from ldm.metrics.statistics import Statistics
 
 
@@ -90,11 +90,9 @@ class FrechetInfinity(FeatureBank):
                 stacklevel=2,
             )
         distances = []
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Fréchet distance of")
-            for size in sizes.tolist():
-                chosen = subset(len(generated), size, generator).to(generated.device)
-                distances.append(distance_between(Statistics.of(generated[chosen]), real))
+        for size in sizes.tolist():
+            chosen = subset(len(generated), size, generator).to(generated.device)
+            distances.append(frechet_distance(Statistics.of(generated[chosen]), real))
         return intercept(1 / sizes.to(generated.device).double(), torch.stack(distances))
 
     def _check_generated(self, count: int) -> None:

@@ -125,9 +125,8 @@ def _inception(path: Path) -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "got no torch-fidelity, expected it for Inception; pip install torch-fidelity"
-        ) from error
+        message = "got no torch-fidelity, expected it for Inception; pip install 'ldm[metrics]'"
+        raise ModuleNotFoundError(message, name="torch_fidelity") from error
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
 
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.metrics.feature_bank import FeatureBank, subset
+from ldm.metrics.products import pair_sums
 
 
 class KernelDistance(FeatureBank):
     """Unbiased MMD^2 with the kernel (x.y / D + 1)^3, averaged over subsets of both sets; KID with Inception's pool.
 
     Unlike the Fréchet distance it is unbiased at any number of images, and the spread over subsets says how sure the
-    value is. One subset at a time is compared, so memory beyond the features is a few subset_size^2 numbers.
+    value is. Kernels are float64 and computed a block at a time, so memory beyond the features is a few blocks; where
+    there are fewer pairs of images than the subsets hold together, each pair is computed once for all of them.
 
     Args:
         features: network from images (B, 3, H, W) in [-1, 1] to (B, num_features), with that attribute.
@@ -70,23 +72,42 @@ class KernelDistance(FeatureBank):
 
     def _distances(self, generated: Tensor, real: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        values = []
-        for _ in range(self.num_subsets):
-            a, b = (x[subset(len(x), self.subset_size, generator).to(x.device)].double() for x in (generated, real))
-            values.append(polynomial_mmd(a, b))
-        return torch.stack(values)
+        sizes = len(generated), len(real)
+        drawn = [[subset(count, self.subset_size, generator) for count in sizes] for _ in range(self.num_subsets)]
+        rows, columns = (torch.stack(places).to(generated.device) for places in zip(*drawn, strict=True))
+        return polynomial_mmds(generated, real, rows, columns)
 
 
-def polynomial_mmd(a: Tensor, b: Tensor) -> Tensor:
-    """Unbiased squared MMD of features (N, D) and (M, D) under (x.y / D + 1)^3; it may be below zero."""
-    return _within(a) + _within(b) - 2 * _kernel(a, b).mean()
+def polynomial_mmds(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Unbiased squared MMD, (S,) in float64, of each subset a[rows[s]] beside b[columns[s]] under (x.y / D + 1)^3.
+
+    It may be below zero.
+
+    Args:
+        a, b: features (N, D) and (M, D).
+        rows, columns: (S, n) and (S, m), places without repetition.
+    """
+    n, m = rows.shape[1], columns.shape[1]
+    within = _sums(a, None, rows, rows) / (n * (n - 1)) + _sums(b, None, columns, columns) / (m * (m - 1))
+    return within - 2 * _sums(a, b, rows, columns) / (n * m)
 
 
-def _within(a: Tensor) -> Tensor:
-    diagonal = (a.square().sum(dim=1) / a.shape[1] + 1) ** 3
-    return (_kernel(a, a).sum() - diagonal.sum()) / (len(a) * (len(a) - 1))
+def _sums(a: Tensor, b: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+    """Sum of the kernel over all pairs of each subset, (S,)."""
+    others = a if b is None else b
+    if len(a) * len(others) <= rows.numel() * columns.shape[1]:
+        return pair_sums(_kernel, a, b, weights=(_members(rows, len(a)), _members(columns, len(others))))
+    parts = [
+        pair_sums(_kernel, a[row], None if b is None else b[column]) for row, column in zip(rows, columns, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _members(places: Tensor, count: int) -> Tensor:
+    """(count, S) of 1 where an image belongs to a subset, of the places (S, n) in it."""
+    members = torch.zeros(len(places), count, dtype=torch.float64, device=places.device)
+    return members.scatter_(1, places, 1.0).T
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    # In place: three of these matrices a subset are what KID holds beside the features.
     return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)

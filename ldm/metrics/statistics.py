@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ldm.metrics.products import gram
+
+# Features whose float64 form is held at once.
+ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,23 @@ class Statistics:
                 "and (D, D)"
             )
 
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (D, D) with the covariance as F F^T; computed once, as the real images of all evaluations are the same."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        # Eigenvalues below the rounding of the largest are rank deficiency, not spread.
+        noise = len(values) * torch.finfo(values.dtype).eps * values.amax()
+        return vectors * torch.where(values > noise, values, 0).sqrt()
+
     @classmethod
     def of(cls, features: Tensor, *, provenance: Mapping[str, Any] | None = None) -> Statistics:
         """Those of features (N, D), N at least 2."""
         if features.dim() != 2 or len(features) < 2:
             raise ValueError(f"got features {tuple(features.shape)}, expected (N, D) with N at least 2")
-        wide = features.double()
-        return cls(wide.mean(dim=0), wide.T.cov().reshape(2 * wide.shape[1:]), len(wide), dict(provenance or {}))
+        zero = torch.zeros((), dtype=torch.float64, device=features.device)
+        mean = sum((block.double().sum(dim=0) for block in features.split(ROWS)), zero) / len(features)
+        outer = sum((gram(block.double() - mean) for block in features.split(ROWS)), zero)
+        return cls(mean, outer / (len(features) - 1), len(features), dict(provenance or {}))
 
     @classmethod
     def read(cls, path: Path | str, *, suffix: str = "") -> Statistics:
@@ -87,20 +102,3 @@ class Statistics:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-
-    @classmethod
-    def cached(cls, folder: Path | str, provenance: Mapping[str, Any], compute: Callable[[], Statistics]) -> Statistics:
-        """Those in folder/HASH.npz, where HASH is that of the provenance; computed and written where there are none.
-
-        Args:
-            provenance: everything that the values depend on, as JSON: manifest hash, preprocessing, feature network.
-            compute: called on a miss.
-        """
-        text = json.dumps(dict(provenance), sort_keys=True)
-        path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
-        if path.is_file():
-            return cls.read(path)
-        fresh = compute()
-        statistics = cls(fresh.mean, fresh.covariance, fresh.count, dict(provenance))
-        statistics.write(path)
-        return statistics

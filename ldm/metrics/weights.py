@@ -27,9 +27,9 @@ def find_weights(path: Path | str | None, *, cached: Sequence[Path], what: str, 
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    place = candidates[0] if candidates else "any cache"
+    place = f"at {candidates[0]}" if candidates else "in any cache"
     raise FileNotFoundError(
-        f"got no {what} weights at {place}, expected {source}; fetch it and give its place as {option}"
+        f"got no {what} weights {place}, expected {source}; fetch it and give its place as {option}"
     )
 
 

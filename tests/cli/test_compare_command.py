@@ -112,3 +112,8 @@ def test_mistakes_are_one_line_each(fails: Callable[..., str], two: Path) -> Non
     assert main(["vote", "page", "evaluations=[a,b]"]) == 0
     assert "which holds another vote" in fails("vote", "page", "evaluations=[b,a]")
     assert "got no votes, expected what a vote page downloaded" in fails("vote", "count", "votes=votes-1.json")
+    key = read_json(two / "vote/vote_key.json")
+    for votes, words in ((None, "got no list of votes"), ([{"pair": 0, "choice": 1}], "expected a pair of the page")):
+        content = {"format": key["format"], "page": key["page"], "session": "s", "votes": votes}
+        (two / "votes-1.json").write_text(json.dumps(content))
+        assert words in fails("vote", "count", "votes=votes-1.json")

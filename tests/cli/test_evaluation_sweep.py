@@ -38,7 +38,7 @@ def test_an_evaluation_leaves_a_page_with_strips_and_neighbours(run: Path) -> No
 
 
 def test_a_sweep_ends_with_curves_of_all_its_jobs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", "-m", *METRICS, f"checkpoint={run}", "guidance.scale=1,2", "ema=0.05,0.1", "report=null"]
+    words = ["evaluate", "-m", *METRICS, f"checkpoint={run}", "guidance.scale=1,2", "ema=0.05,0.1", "report.strips=0"]
     assert main(words) == 0
     assert "4 evaluations in" in capsys.readouterr().out
     sweep = only(run, "evaluations/sweep-*")
@@ -53,9 +53,17 @@ def test_a_sweep_ends_with_curves_of_all_its_jobs(run: Path, capsys: pytest.Capt
     }
     assert drawn == measured
     assert (sweep / "curves/fid_guidance_scale.png").read_bytes()[:4] == b"\x89PNG"
-    assert (sweep / "report.html").read_text().count("real image ") > 4
-    # With report=null no job has a page of its own.
-    assert not any((Path(one["path"]) / "report.html").exists() for one in found)
+    html = (sweep / "report.html").read_text()
+    assert html.count("training image ") > 4
+    assert "real image " not in html
+    pages = [Path(one["path"]) / "report.html" for one in found]
+    assert all(page.exists() for page in pages)
+    # With report=null no job has a page of its own, and that of the sweep looks for no neighbours.
+    for page in pages:
+        page.unlink()
+    assert main([*words[:-1], "report=null"]) == 0
+    assert not any(page.exists() for page in pages)
+    assert "training image " not in (sweep / "report.html").read_text()
 
 
 def test_a_length_that_cannot_be_made_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ from scipy.spatial.distance import pdist, squareform
 
 from ldm.data import Record, write_shards
 from ldm.data.filters import Filter
-from ldm.data.page import histogram, page, paragraph, table
 from ldm.data.report import bins, plan, report_shards
 from ldm.data.similar import difference_hash, near_duplicates, white_border
 from ldm.data.statistics import spread
@@ -233,18 +232,3 @@ def test_what_is_spread_is_even_and_inside(count: int, chosen: int) -> None:
     if 1 < len(places) < count:
         gaps = np.diff(places)
         assert gaps.max() - gaps.min() <= 1
-
-
-def test_bars_are_as_tall_as_their_counts() -> None:
-    heights = [
-        float(text) for text in re.findall(r'height="([\d.]+)"><title>', histogram("x", [0, 1, 2, 3], [1, 4, 2]))
-    ]
-    assert heights[1] == pytest.approx(2 * heights[2]) == pytest.approx(4 * heights[0])
-
-
-def test_all_text_on_a_page_is_escaped() -> None:
-    content = page(EVIL, [(EVIL, paragraph(EVIL) + table([EVIL], [[EVIL, 3]]) + histogram(EVIL, [0, 1], [1]))])
-    reader = Reader()
-    reader.feed(content)
-    assert not {"script", "img"} & reader.tags
-    assert reader.text.count(EVIL) == 7

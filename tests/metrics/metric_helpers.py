@@ -11,6 +11,7 @@ from ldm.metrics import (
     ClassAccuracy,
     CLIPDiscrepancy,
     CLIPScore,
+    CodebookUsage,
     DensityCoverage,
     FrechetDistance,
     FrechetInfinity,
@@ -91,6 +92,11 @@ def feed_pairs(metric, places: torch.Tensor) -> None:
     metric.update(images(seed=1)[places], images(seed=0)[places])
 
 
+def feed_codes(metric, places: torch.Tensor) -> None:
+    codes = torch.randint(0, 40, (NUM_IMAGES, 4, 4), generator=torch.Generator().manual_seed(0))
+    metric.update(codes[places])
+
+
 def feed_prompt_by_prompt(metric, places: torch.Tensor) -> None:
     for place in places.tolist():
         metric.update(images(3, seed=place))
@@ -102,7 +108,7 @@ METRICS: dict[str, tuple[Callable[[], Any], Callable[[Any, torch.Tensor], None]]
     "fid_infinity": (lambda: FrechetInfinity(Pixels(), num_points=4, smallest=30), feed_numbered_sets),
     "kid": (lambda: KernelDistance(Pixels(), num_subsets=5, subset_size=40), feed_numbered_sets),
     "kid_of_few": (lambda: KernelDistance(Pixels(), num_subsets=5, subset_size=9, max_images=11), feed_numbered_sets),
-    "cmmd": (lambda: CLIPDiscrepancy(Pixels(), chunk_size=32), feed_numbered_sets),
+    "cmmd": (lambda: CLIPDiscrepancy(Pixels()), feed_numbered_sets),
     "precision_recall": (lambda: PrecisionRecall(Pixels(), chunk_size=32), feed_numbered_sets),
     "density_coverage": (lambda: DensityCoverage(Pixels(), chunk_size=32), feed_numbered_sets),
     "inception_score": (lambda: InceptionScore(Pixels(), splits=3), feed_numbered),
@@ -110,6 +116,7 @@ METRICS: dict[str, tuple[Callable[[], Any], Callable[[Any, torch.Tensor], None]]
     "clip_score": (lambda: CLIPScore(Words()), feed_prompts),
     "lpips": (lambda: PerceptualDistance(SquaredError()), feed_pairs),
     "reconstruction": (ReconstructionQuality, feed_pairs),
+    "codebook_usage": (lambda: CodebookUsage(64), feed_codes),
     "pairwise_diversity": (lambda: PairwiseDiversity(SquaredError()), feed_prompt_by_prompt),
 }
 

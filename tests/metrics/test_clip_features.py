@@ -140,6 +140,7 @@ def test_the_score_of_a_real_model_is_its_mean_cosine(library, tiny_open_clip, t
     [
         (lambda: OpenCLIPFeatures(), ("huggingface.co/timm/vit_large_patch14_clip_336.openai", "weights_path")),
         (lambda: OpenCLIPFeatures("no.bin"), ("no.bin", "weights_path")),
+        (lambda: TransformersCLIPFeatures(None), ("in any cache", "huggingface.co/openai", "path")),
         (lambda: TransformersCLIPFeatures("no"), ("no", "huggingface.co/openai", "path")),
     ],
 )

@@ -2,7 +2,7 @@ from copy import copy
 
 import pytest
 import torch
-from metric_helpers import Pixels, images, random_inception
+from metric_helpers import Pixels, Words, images, random_inception
 from torch import nn
 from torch.testing import assert_close
 
@@ -81,9 +81,27 @@ def test_fed_with_features_every_metric_has_the_value_that_images_give() -> None
         assert_close(metric.compute(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_prompt_that_many_images_share_is_read_once() -> None:
-    from metric_helpers import Words
+def test_networks_of_one_trunk_hold_it_once() -> None:
+    networks = []
+    for output in ("a", "b"):
+        network = Pixels()
+        network.trunk, network.output, network.network = "same", output, nn.Linear(2, 2)
+        networks.append(network)
+    shared = share_networks([FrechetDistance(networks[0]), InceptionScore(networks[1])])
+    assert len(shared) == 2
+    assert networks[0].network is networks[1].network
 
+
+def test_what_is_fed_leaves_no_graph_behind() -> None:
+    score = CLIPScore(Words())
+    features = torch.rand(3, 4, requires_grad=True)
+    values = feed(score, features, {"prompt": ["a", "b", "a"]}, real=False)
+    assert values.shape == (3,)
+    assert not score.total.requires_grad
+    assert_close(score.compute(), values.mean())
+
+
+def test_a_prompt_that_many_images_share_is_read_once() -> None:
     words = Words()
     texts = []
     embed = words.embed_texts

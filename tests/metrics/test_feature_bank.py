@@ -72,13 +72,6 @@ def test_a_number_given_twice_is_refused() -> None:
         metric.kept("generated")
 
 
-def test_forgetting_the_generated_images_keeps_the_real_ones() -> None:
-    metric = bank(20, max_images=50)
-    metric.update(images(5), torch.arange(5), real=False)
-    metric.reset_generated()
-    assert (len(metric.kept("generated")), len(metric.kept("real"))) == (0, 20)
-
-
 def test_a_bank_for_one_image_is_refused() -> None:
     with pytest.raises(ValueError, match="got max_images=1"):
         CLIPDiscrepancy(Pixels(), max_images=1)

@@ -31,7 +31,7 @@ def test_a_line_meets_the_axis_where_it_should() -> None:
 def test_the_extrapolated_distance_is_nearer_to_the_true_one() -> None:
     eye, zero = torch.eye(6).double(), torch.zeros(6).double()
     exact = Statistics(zero + 0.5, eye)
-    true = frechet_distance(zero, eye, zero + 0.5, eye)
+    true = frechet_distance(Statistics(zero, eye), exact)
     errors, biased = [], []
     for seed in range(10):
         metric = FrechetInfinity(Bell(), reference=exact, smallest=40, num_points=8)
@@ -52,8 +52,7 @@ def test_two_points_are_a_line_through_two_distances() -> None:
     for left_out in range(100):
         keep = torch.arange(100) != left_out
         few, all_ = (
-            frechet_distance(side.mean, side.covariance, real.mean, real.covariance)
-            for side in (Statistics.of(generated[keep]), Statistics.of(generated))
+            frechet_distance(side, real) for side in (Statistics.of(generated[keep]), Statistics.of(generated))
         )
         candidates.append(few + (all_ - few) * (1 / 99) / (1 / 99 - 1 / 100))
     # Which image the seed leaves out is its own matter.

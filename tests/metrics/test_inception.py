@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
+from ldm.cli.errors import mistake
 from ldm.metrics import FrechetDistance, InceptionFeatures, InceptionScore, quantize
 from ldm.metrics.inception import OUTPUTS
 
@@ -176,6 +179,15 @@ def test_inception_weights_are_not_downloaded(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"pt_inception-2015-12-05-6726825d\.pth"):
         InceptionFeatures()
+
+
+def test_without_torch_fidelity_the_extra_is_named(build, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        build()
+    assert mistake(error.value) == (
+        "the package torch_fidelity is not installed; install it with: pip install 'ldm[metrics]'"
+    )
 
 
 def test_weights_in_the_usual_cache_are_found(tmp_path, monkeypatch, path, reference) -> None:

@@ -1,7 +1,17 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from metric_helpers import METRICS, NUM_IMAGES, values
 from torch.testing import assert_close
+
+CONFIGS = Path(__file__).parents[2] / "conf/metric"
+
+
+def test_every_metric_that_can_be_chosen_is_tested_here() -> None:
+    chosen = {yaml.safe_load(file.read_text())["_target_"].rpartition(".")[2] for file in CONFIGS.glob("*.yaml")}
+    assert chosen == {type(build()).__name__ for build, _ in METRICS.values()}
 
 
 @pytest.mark.parametrize("name", METRICS)

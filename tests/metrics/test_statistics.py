@@ -80,22 +80,6 @@ def test_a_metric_that_saw_nothing_has_no_statistics() -> None:
         FrechetDistance(Pixels()).statistics(real=True)
 
 
-def test_statistics_are_computed_once_for_one_provenance(tmp_path) -> None:
-    calls = []
-
-    def compute() -> Statistics:
-        calls.append(1)
-        return statistics(seed=len(calls))
-
-    first = Statistics.cached(tmp_path, {"manifest": "a", "size": 64}, compute)
-    again = Statistics.cached(tmp_path, {"size": 64, "manifest": "a"}, compute)
-    other = Statistics.cached(tmp_path, {"manifest": "b", "size": 64}, compute)
-    assert len(calls) == 2
-    assert_close(again.mean, first.mean, rtol=0, atol=0)
-    assert again.provenance == {"manifest": "a", "size": 64}
-    assert not torch.equal(other.mean, first.mean)
-
-
 def test_statistics_of_other_features_are_refused() -> None:
     foreign = Statistics(**{**statistics().__dict__, "provenance": {"features": {"network": "another"}}})
     with pytest.raises(ValueError, match=r"statistics of features \{'network': 'another'\}"):

@@ -40,7 +40,8 @@ class Card:
         differences: what was published and is not met by what is built: by name {"built": value, "because": words}.
         training: batch_size, lr, base_lr, lr_rule, steps.
         evaluate: what an evaluation needs besides the protocol: reference, prompts, conditions, metrics,
-            overrides.
+            overrides; models: by setting the experiment that trains another model for it, such as
+            {guidance.guide: paper/edm2_img512_xs_uncond}.
         rows: further published rows of the same training, each a difference from this one.
         steps: after which the row was measured; None = at the end.
         contradictions: between sources, one sentence each.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.generation.report.cards import same
-from ldm.generation.report.drawing import Chart, Point, Series
 from ldm.generation.report.reading import EvaluationFolder
+from ldm.pages.chart import Chart, Point, Series
 
 # What a sweep may vary: where it stands in the protocol, what it is called, and what stands for none.
 AXES: tuple[tuple[str, str, Any], ...] = (

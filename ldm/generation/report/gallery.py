@@ -9,7 +9,7 @@ from html import escape
 
 from PIL import Image
 
-from ldm.data.page import number
+from ldm.pages.page import number
 
 # Pixels of the longer side of a picture on a page; smaller ones are kept as they are.
 SIDE = 192

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.generation.report.reading import EvaluationFolder, picture_of
 
 if TYPE_CHECKING:
-    from ldm.generation.evaluate_images import Images
+    from ldm.generation.evaluation.images import Images
 
 # Samples and real images whose distances are held at once.
 BLOCK = 1024

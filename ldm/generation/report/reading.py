@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.data.shards import ShardIndex, ShardReader, decode, index_shard
 
 if TYPE_CHECKING:
-    from ldm.generation.evaluate_images import Images
+    from ldm.generation.evaluation.images import Images
 
 FIGURES, SAMPLES, FEATURES, SCORES = "evaluation.json", "samples", "features", "scores.jsonl"
 TRAINING = "training.json"
@@ -175,8 +175,8 @@ def _opened(description: Mapping[str, Any] | None) -> Images | None:
     """Images that a protocol describes, as they were measured; None where other ones, or none, are there now."""
     if not description or not description.get("path"):
         return None
-    # Torch takes seconds to import, and pages of tables and curves need none.
-    from ldm.generation.evaluate_images import open_images
+    # torchmetrics takes seconds to import, and pages of tables and curves need none.
+    from ldm.generation.evaluation.images import open_images
 
     try:
         found = open_images(description["path"], resolution=(description.get("preprocessing") or {}).get("resolution"))

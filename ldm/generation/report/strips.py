@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ldm.generation.evaluate_work import Task, write_text, write_whole
+from ldm.generation import TextToImage, to_pil
+from ldm.generation.evaluation.workers import Task, write_text, write_whole
 
 if TYPE_CHECKING:
     from ldm.generation import Order, Pipeline, SamplingSettings
+    from ldm.generation.pipeline import Step
+    from ldm.generation.task import Task as Way
 
 STRIPS = "strips"
 # Pixels of the longer side of one picture in a strip, and between two.
@@ -39,31 +42,35 @@ def strip_tasks(
     *,
     indices: Sequence[int],
     settings: SamplingSettings,
+    how: Callable[[Order], Way] | None = None,
     num_pictures: int = 8,
 ) -> list[Task]:
     """A task an order: samples it again and writes strips/NNNNNNNN.webp and, as the mark, .json for the report.
 
     Args:
         indices: the places of the orders in the evaluation.
+        how: an order is sampled; None = from its prompt.
         num_pictures: in a strip, the last of which is the result.
     """
 
     def task(order: Order, index: int) -> Task:
         path = folder / STRIPS / f"{index:08d}.json"
-        return Task(
-            f"strip-{index:08d}.lock", path.is_file, lambda: _write(pipeline, order, path, settings, num_pictures)
-        )
+
+        def run() -> None:
+            way = TextToImage() if how is None else how(order)
+            steps = pipeline.steps([order], task=way, settings=settings, batch_size=1)
+            _write(pipeline, order, steps, path, num_pictures)
+
+        return Task(f"strip-{index:08d}.lock", path.is_file, run)
 
     return [task(order, index) for order, index in zip(orders, indices, strict=True)]
 
 
-def _write(pipeline: Pipeline, order: Order, path: Path, settings: SamplingSettings, num_pictures: int) -> None:
-    from ldm.generation import TextToImage, to_pil
-
+def _write(pipeline: Pipeline, order: Order, steps: Iterable[Step], path: Path, num_pictures: int) -> None:
     pictures: list[Image.Image] = []
     chosen: Sequence[int] = []
     num_steps = 0
-    for step in pipeline.steps([order], task=TextToImage(), settings=settings, batch_size=1):
+    for step in steps:
         num_steps = step.num_steps
         chosen = chosen_steps(num_steps, num_pictures)
         if step.number in chosen and step.state.prediction is not None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from ldm.data.page import page
 from ldm.generation.report.gallery import embedded
 from ldm.generation.report.reading import EvaluationFolder
 from ldm.generation.report.votes import FORMAT
+from ldm.pages.page import page
 
 # Pixels of the longer side of a picture that is voted on.
 SIDE = 512

@@ -40,7 +40,7 @@ class Verdict:
         effective: as many independent votes would say as much.
         first, second, ties: the numbers of votes.
         num_repeated: votes that a later one of the same person on the same pair replaced.
-        left: the share of decided votes for the picture on the left; 0.5 without a habit.
+        left: the share of decided votes for the picture on the left, 0.5 without a habit; None where none is decided.
         num_sessions: different voters.
         seconds: the median of a vote.
     """
@@ -55,7 +55,7 @@ class Verdict:
     second: int
     ties: int
     num_repeated: int
-    left: float
+    left: float | None
     num_sessions: int
     seconds: float
 
@@ -135,7 +135,7 @@ def count(
         second=sides[1.0],
         ties=sides[0.5],
         num_repeated=num_repeated,
-        left=sum(vote.chose_left is True for vote in decided) / len(decided) if decided else math.nan,
+        left=sum(vote.chose_left is True for vote in decided) / len(decided) if decided else None,
         num_sessions=len({vote.session for vote in votes}),
         seconds=_median([vote.seconds for vote in votes]),
     )
@@ -187,6 +187,10 @@ def _lines(file: Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"{file}: got no JSON ({error}), expected what a vote page downloaded") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{file}: got no votes, expected what a vote page downloaded ({FORMAT})")
+    if not isinstance(content.get("votes"), list) or not isinstance(content.get("session"), str):
+        raise ValueError(
+            f"{file}: got no list of votes by a session, expected what a vote page downloaded; do it again"
+        )
     if content.get("page") != key["page"]:
         raise ValueError(
             f"{file}: got votes of page {content.get('page')}, expected those of {key['page']}; give its own key"
@@ -195,12 +199,13 @@ def _lines(file: Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _vote(line: Mapping[str, Any], key: Mapping[str, Any], file: Path) -> Vote:
-    pair, choice = line["pair"], line["choice"]
-    if choice not in (0, 1, "tie") or not 0 <= pair < len(key["flipped"]):
+    pair, choice = line.get("pair"), line.get("choice")
+    is_whole = {"at", "left", "seconds"} <= line.keys() and pair in range(len(key["flipped"]))
+    if choice not in (0, 1, "tie") or not is_whole:
         raise ValueError(f"{file}: got {dict(line)}, expected a pair of the page and 0, 1 or tie; download it again")
     share = 0.5 if choice == "tie" else float(choice != key["flipped"][pair])
     chose_left = None if choice == "tie" else choice == line["left"]
-    return Vote(line["session"], pair, key["prompts"][pair], share, chose_left, float(line["seconds"]))
+    return Vote(line["session"], int(line["pair"]), key["prompts"][pair], share, chose_left, float(line["seconds"]))
 
 
 def _median(values: Sequence[float]) -> float:

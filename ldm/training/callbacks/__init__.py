@@ -1,5 +1,6 @@
 """Callbacks: what is shown, measured and pictured while a model trains, and what keeps it from going wrong."""
 
+from ldm.training.callbacks.by_figure import BestCheckpoint, StopEarly
 from ldm.training.callbacks.gradient_norm import GradientNorm
 from ldm.training.callbacks.post_hoc_ema import PostHocEMA
 from ldm.training.callbacks.preemption import StopOnSignal
@@ -13,6 +14,7 @@ from ldm.training.callbacks.throughput import Throughput
 from ldm.training.callbacks.watchdog import Watchdog
 
 __all__ = [
+    "BestCheckpoint",
     "GradientNorm",
     "PostHocEMA",
     "Progress",
@@ -21,6 +23,7 @@ __all__ = [
     "SampleMetrics",
     "SelfCheck",
     "SpikeGuard",
+    "StopEarly",
     "StopOnSignal",
     "Throughput",
     "Watchdog",

@@ -14,11 +14,11 @@ import torch
 from PIL.Image import Image
 from torchmetrics import Metric
 
-from ldm.generation.evaluate import Evaluation, Subject
-from ldm.generation.evaluate_folder import clear
-from ldm.generation.evaluate_prompts import caption_prompts
-from ldm.generation.evaluate_protocol import describe_settings
-from ldm.generation.evaluate_work import RankWorkers
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.folder import clear
+from ldm.generation.evaluation.prompts import caption_prompts
+from ldm.generation.evaluation.protocol import describe_settings
+from ldm.generation.evaluation.workers import RankWorkers
 from ldm.training.callbacks.cadence import Cadence, outside_training
 
 
@@ -28,10 +28,11 @@ class SampleMetrics(pl.Callback):
     The prompts are the captions of the validation samples, evenly spread over all of them, and image number i has seed
     `seed + i`: the same pictures at every validation and on any number of ranks, which share the work. What the module
     samples with is its moving average. A metric of several values logs the first as `val/NAME`, and the others as
-    `val/NAME/PART`; checkpoints, early stopping and sweeps go by these names. `val/sampling_seconds` says what it cost.
+    `val/NAME/PART`; `BestCheckpoint`, `StopEarly` and sweeps go by these names. `val/sampling_seconds` says what it
+    cost.
 
     Args:
-        metrics: by name, as `ldm.generation.evaluate.Evaluation` takes them.
+        metrics: by name, as `ldm.generation.evaluation.evaluate.Evaluation` takes them.
         num_images: sampled each time, over all ranks.
         every_n_steps: optimizer steps between two times; each waits for the next validation.
         batch_size: pictures sampled at a time, on each rank; a shard of samples.
@@ -79,6 +80,7 @@ class SampleMetrics(pl.Callback):
         self.sampling = dict(sampling or {})
         self.folder = None if folder is None else Path(folder)
         self.keep_images, self.feature_batch_size, self.num_workers = keep_images, feature_batch_size, num_workers
+        self.measured_at: int | None = None
         self._evaluation: Evaluation | None = None
         self._scratch: TemporaryDirectory[str] | None = None
 
@@ -121,6 +123,11 @@ class SampleMetrics(pl.Callback):
         values["sampling_seconds"] = time.perf_counter() - start
         for name, value in values.items():
             pl_module.log(f"val/{name}", value, sync_dist=True)
+        self.measured_at = trainer.global_step
+
+    def gives(self, name: str) -> bool:
+        """Whether a logged figure is one of this callback's."""
+        return name.startswith("val/") and name.split("/")[1] in self.metrics
 
     def measure(self, data: Any, pl_module: Any, folder: Path, *, ranks: RankWorkers, step: int) -> dict[str, float]:
         """Each metric's values, the same on every rank; a folder that holds an evaluation already is made empty."""

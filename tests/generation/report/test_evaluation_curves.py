@@ -1,18 +1,15 @@
 """Curves of a sweep: the points are the figures, as pictures and as numbers."""
 
-import io
 import itertools
 import json
-import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
 from evaluation_folders import write_evaluation
 from PIL import Image
 
 from ldm.generation.report import EvaluationFolder, curves, write_curves
-from ldm.generation.report.drawing import COLOURS, Chart, Point, Series
+from ldm.pages.chart import COLOURS
 
 
 def sweep(folder: Path, *, samplers: tuple[str, ...] = ("DDIM", "Heun")) -> list[EvaluationFolder]:
@@ -73,30 +70,3 @@ def test_curves_are_written_as_svg_png_and_numbers(tmp_path: Path) -> None:
         {"x": "DDIM", "y": 9.0, "label": ""},
         {"x": "Heun", "y": 10.0, "label": ""},
     ]
-
-
-def test_a_chart_is_drawn_in_its_frame_and_told_in_words() -> None:
-    chart = Chart("FID & more", "steps", "FID", [Series("a", [Point(5, 30.0), Point(250, 7.5, interval=(7.0, 8.0))])])
-    svg = ElementTree.fromstring(chart.svg(alone=True))
-    width, height = chart.size
-    for circle in svg.iter("{http://www.w3.org/2000/svg}circle"):
-        assert 0 < float(circle.get("cx", "")) < width and 0 < float(circle.get("cy", "")) < height
-    assert svg.get("aria-label") == "FID & more. FID against steps. a: 5 30, 250 7.5"
-    with Image.open(io.BytesIO(chart.png())) as picture:
-        assert picture.size == (2 * width, 2 * height)
-
-
-def test_a_chart_of_nothing_or_of_no_numbers_is_refused() -> None:
-    for points in ([], [Point(1.0, float("nan"))]):
-        with pytest.raises(ValueError, match="expected at least one, all of finite numbers"):
-            Chart("t", "x", "y", [Series("a", points)])
-
-
-def test_ticks_differ_in_what_they_say_and_whole_numbers_have_whole_ones() -> None:
-    points = [Point(x, 5.64912 + 0.00001 * x) for x in (1, 2)]
-    svg = Chart("t", "steps", "FID", [Series("s", points)]).svg()
-    words = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
-    ticks = [word for word in words if word.replace(".", "").isdigit()]
-    assert len(set(ticks)) == len(ticks)
-    assert {"1", "2"} <= set(ticks)
-    assert "1.5" not in ticks

@@ -9,13 +9,12 @@ from threading import Barrier
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.testing import assert_close
 
-from ldm.generation.evaluate_work import RankWorkers
+from ldm.generation.evaluation.workers import RankWorkers
 from ldm.metrics import FrechetDistance, InceptionScore, KernelDistance
-from ldm.training.callbacks import SampleMetrics
+from ldm.training.callbacks import BestCheckpoint, SampleMetrics, StopEarly
 
 ALONE = RankWorkers(0, 1, lambda: None)
 
@@ -50,12 +49,19 @@ def test_metrics_are_logged_at_validation(tiny, data, fit, logged) -> None:
 
 
 def test_the_best_checkpoint_and_the_end_of_training_go_by_them(tiny, data, fit, tmp_path) -> None:
-    best = ModelCheckpoint(tmp_path / "best", monitor="val/fid", filename="{step}")
-    patience = EarlyStopping("val/fid", patience=1)
-    trainer = validating(fit, tiny, data, metrics(), best, patience, max_steps=20, enable_checkpointing=True)
+    # Measured at every second validation, of which the first is not one.
+    callbacks = [metrics(every_n_steps=4), BestCheckpoint(tmp_path / "best"), StopEarly(patience=1)]
+    trainer = validating(fit, tiny, data, *callbacks, max_steps=40, enable_checkpointing=True)
     # The samples never change, and so the distance does not fall either.
-    assert trainer.global_step == 4
-    assert best.best_model_score == trainer.callback_metrics["val/fid"]
+    assert trainer.global_step == 8
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step=4.ckpt"]
+    assert callbacks[1].best_model_score == trainer.callback_metrics["val/fid"]
+
+
+def test_other_figures_are_looked_at_at_every_validation(tiny, data, fit, tmp_path) -> None:
+    callbacks = [metrics(every_n_steps=100), BestCheckpoint(tmp_path / "best", monitor="val/loss", mode="max")]
+    trainer = validating(fit, tiny, data, *callbacks, max_steps=4, enable_checkpointing=True)
+    assert callbacks[1].best_model_score >= trainer.callback_metrics["val/loss"]
 
 
 def test_the_logged_distance_is_that_of_the_sampled_and_the_validation_images(tiny, data, fit, logged) -> None:

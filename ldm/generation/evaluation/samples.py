@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ldm.generation.evaluate_work import Task, write_text, write_whole
+from ldm.generation.evaluation.workers import Task, write_text, write_whole
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image]]
 """From prompts and as many seeds to pictures, each of which depends on its own prompt and seed alone."""

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm.data.shards import IMAGE_SUFFIXES, ShardReader, decode, index_shard, resolve_shards
 from ldm.data.transforms import resize_and_crop
-from ldm.data.worker_signals import outlive_stop
-from ldm.generation.evaluate_protocol import described, known_hashes, sha256_of_files, whole_folder
+from ldm.data.worker_signals import WorkerLoader
+from ldm.generation.evaluation.protocol import described, known_hashes, sha256_of_files, whole_folder
 from ldm.metrics import quantize
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -299,13 +299,11 @@ def batches(
 
     Images of another size begin a new batch.
     """
-    loader = DataLoader(
+    loader: WorkerLoader[list[dict[str, Any]]] = WorkerLoader(
         _Numbered(images),
         batch_sampler=[list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)],
         collate_fn=_by_size,
         num_workers=num_workers,
-        generator=torch.Generator(),
-        worker_init_fn=outlive_stop,
     )
     for group in loader:
         yield from group

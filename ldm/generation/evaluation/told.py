@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from ldm.conditioners import Conditioner
 from ldm.data.batches import assemble, to_numbers
 from ldm.diffusion import Conditioning
-from ldm.generation.evaluate import Evaluation, Subject
-from ldm.generation.evaluate_prompts import caption_prompts
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.prompts import caption_prompts
 from ldm.generation.pipeline import Pipeline, SamplingSettings
 from ldm.generation.postprocess import to_pil
 from ldm.generation.task import Order, Start, Task
@@ -40,40 +40,56 @@ class Told(Task):
         return Start(x, times, _rows(self.cond, rows), _rows(self.uncond, rows), noise)
 
 
-def evaluate_told(
-    evaluation: Evaluation,
-    pipeline: Pipeline,
-    data: Any,
-    subject: Subject,
-    *,
-    split: str = "validation",
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, float]:
-    """Makes a picture of what each sample of a split tells the network, and measures them beside the reference.
+Tell = Callable[[Sequence[int]], Told]
+"""From the seeds of samples to the task that tells the network what their real samples tell."""
+
+
+def telling(evaluation: Evaluation, pipeline: Pipeline, data: Any, *, split: str = "validation") -> Tell:
+    """Makes an evaluation ask for pictures of what the samples of a split tell, and says how each is told.
 
     Picture i of n is told sample i * N // n of N; without `num_samples` there is one a sample, which pairs pictures
     with originals.
 
     Args:
+        evaluation: gets the samples' captions and labels as its prompts.
         data: a data module whose `derive` makes what the conditioner reads.
-        settings: of sampling, where they differ from the pipeline's own.
-
-    Raises:
-        ValueError: the samples lack what the conditioner reads.
     """
     dataset = data.dataset(split).unaugmented()
     evaluation.prompts = list(caption_prompts(data, split))
     evaluation.prompts_source = f"{split} samples, all that they tell"
     count = evaluation.num_samples or len(dataset)
-    chosen = replace(pipeline.settings, **(settings or {}))
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+    def tell(seeds: Sequence[int]) -> Told:
         numbers = [(seed - evaluation.seed) * len(dataset) // count for seed in seeds]
         batch = assemble((dataset.read((number, number, 0)) for number in numbers), len(numbers))
         cond, uncond = conditions_of(to_numbers(batch, colour_space=data.augmentation.colour_space), pipeline)
-        task = Told(cond, uncond, {seed: row for row, seed in enumerate(seeds)})
+        return Told(cond, uncond, {seed: row for row, seed in enumerate(seeds)})
+
+    return tell
+
+
+def evaluate_told(
+    evaluation: Evaluation,
+    pipeline: Pipeline,
+    tell: Tell,
+    subject: Subject,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Makes a picture of what each sample tells the network, and measures them beside the reference.
+
+    Args:
+        tell: of `telling`.
+        settings: of sampling, where they differ from the pipeline's own.
+
+    Raises:
+        ValueError: the samples lack what the conditioner reads.
+    """
+    chosen = replace(pipeline.settings, **(settings or {}))
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         orders = [Order(prompt, seed, evaluation.negative_prompt) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return to_pil(pipeline.draw(orders, task=task, settings=chosen, batch_size=len(orders)))
+        return to_pil(pipeline.draw(orders, task=tell(seeds), settings=chosen, batch_size=len(orders)))
 
     return evaluation.of_samples(draw, subject)
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torchmetrics import Metric
 
 from ldm.generation.encode import weights_sha256
-from ldm.generation.evaluate_features import FeatureStore, reference_store
-from ldm.generation.evaluate_folder import (
+from ldm.generation.evaluation.features import FeatureStore, reference_store
+from ldm.generation.evaluation.folder import (
     RESULT,
     answers,
     clear,
@@ -31,11 +31,11 @@ from ldm.generation.evaluate_folder import (
     remove_remains,
     show,
 )
-from ldm.generation.evaluate_images import Images, ShardImages, names_of_arrays, open_images, reference_images
-from ldm.generation.evaluate_measure import Measurement, compares_pairs, needs_real, write_scores
-from ldm.generation.evaluate_protocol import describe_settings, versions
-from ldm.generation.evaluate_samples import Draw, Item, items_of, sampling_tasks, seconds_of, sha256_of_items
-from ldm.generation.evaluate_work import FreeWorkers, Task, Workers, write_text
+from ldm.generation.evaluation.images import Images, ShardImages, names_of_arrays, open_images, reference_images
+from ldm.generation.evaluation.measurement import Measurement, compares_pairs, needs_real, write_scores
+from ldm.generation.evaluation.protocol import describe_settings, versions
+from ldm.generation.evaluation.samples import Draw, Item, items_of, sampling_tasks, seconds_of, sha256_of_items
+from ldm.generation.evaluation.workers import FreeWorkers, Task, Workers, write_text
 from ldm.generation.pipeline import Pipeline
 from ldm.metrics import share_networks
 
@@ -246,10 +246,11 @@ class Evaluation:
         size = self.stores["part_size"]
         for name, metric in self.metrics.items():
             column = getattr(metric, "column", None)
-            if column is not None and column not in items[0].labels:
+            lacking = next((item for item in items if column not in item.labels), None) if column is not None else None
+            if lacking is not None:
                 raise ValueError(
-                    f"{name}: got prompts with the labels {sorted(items[0].labels)}, expected {column}; give prompts "
-                    "with it"
+                    f"{name}: got prompts with the labels {sorted(lacking.labels)}, such as {lacking.prompt!r}, "
+                    f"expected {column} of every one; give prompts with it"
                 )
             if getattr(metric, "takes", "") == "prompts":
                 groups = groupby(items, lambda item: (item.index // size, item.prompt))
@@ -284,7 +285,7 @@ class Evaluation:
             write_scores(subject.folder / "scores.jsonl", measurement.scores())
             show(images, subject.folder / "evaluation.png")
             report = self._report(found, own, plan, real, passed)
-            write_text(result, json.dumps({**merged(result, report, plan), "request": request}, indent=1) + "\n")
+            write_text(result, json.dumps({**merged(result, report), "request": request}, indent=1) + "\n")
 
         subject.workers.once(Task("measure.lock", lambda: answers(result, request), finish), subject.folder)
         if not self.keep_images:

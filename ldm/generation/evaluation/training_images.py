@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ldm.generation.evaluate import Evaluation
-from ldm.generation.evaluate_images import Images
-from ldm.generation.evaluate_work import Workers, write_text
+from ldm.generation.evaluation.evaluate import Evaluation
+from ldm.generation.evaluation.images import Images
+from ldm.generation.evaluation.workers import Workers, write_text
 
 # Beside evaluation.json: where the training images are, and their features.
 TRAINING = "training.json"

@@ -58,10 +58,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that a line joins, in this order."""
+    """Points that a line joins, in this order; dots alone where it is no line."""
 
     name: str
     points: Sequence[Point]
+    is_line: bool = True
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _of_series(series: Series, number: int, across: _Axis, up: _Axis) -> list[_Line | _Dot | _Text]:
     places = [(across(point.x), up(point.y)) for point in series.points]
-    marks: list[_Line | _Dot | _Text] = [_Line(places, number)] if len(places) > 1 else []
+    marks: list[_Line | _Dot | _Text] = [_Line(places, number)] if series.is_line and len(places) > 1 else []
     for place, point in zip(places, series.points, strict=True):
         if point.interval:
             marks.append(_Line([(place[0], up(end)) for end in point.interval], number))

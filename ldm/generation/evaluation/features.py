@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.generation.evaluate_images import Images, batches, stacked
-from ldm.generation.evaluate_work import Task, write_text, write_whole
+from ldm.generation.evaluation.images import Images, batches, stacked
+from ldm.generation.evaluation.workers import Task, write_text, write_whole
 from ldm.metrics import Statistics, describe_network, extract
 from ldm.metrics.fid import gaussian
+from ldm.metrics.products import gram
 
 # Images of a part of real features, whatever the shards of samples, so that every evaluation finds them.
 REAL_PART = 1000
@@ -64,7 +65,7 @@ class FeatureStore:
         ]
 
     def batches(self, part: int) -> Iterator[dict[str, Any]]:
-        """The images of a part; see `ldm.generation.evaluate_images.batches`."""
+        """The images of a part; see `ldm.generation.evaluation.images.batches`."""
         return self.batches_of(self.places(part))
 
     def batches_of(self, places: range) -> Iterator[dict[str, Any]]:
@@ -115,15 +116,13 @@ class FeatureStore:
                 write_text(note, json.dumps(describe_network(networks[key]), indent=1, default=str) + "\n")
 
     def _sum(self, key: str, provenance: Mapping[str, Any]) -> Statistics:
-        total: Tensor | None = None
-        outer: Tensor | None = None
+        count = len(self.images)
+        if count < 2:
+            raise ValueError(f"got {count} reference images, expected at least 2 for a covariance; give more")
+        total = outer = torch.zeros((), dtype=torch.float64)
         for part in range(self.num_parts):
             features = self.features(key, part).double()
-            total = features.sum(dim=0) if total is None else total + features.sum(dim=0)
-            outer = features.T @ features if outer is None else outer + features.T @ features
-        count = len(self.images)
-        if total is None or outer is None or count < 2:
-            raise ValueError(f"got {count} reference images, expected at least 2 for a covariance; give more")
+            total, outer = total + features.sum(dim=0), outer + gram(features)
         return Statistics(*gaussian(total, outer, torch.tensor(float(count)).double()), count, provenance)
 
 

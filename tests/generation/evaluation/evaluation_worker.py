@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.generation.evaluate import Evaluation, Subject
-from ldm.generation.evaluate_work import FreeWorkers
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.workers import FreeWorkers
 from ldm.metrics import CLIPScore, FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 
 NUM_SAMPLES, SHARD = 64, 8

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ldm.generation.evaluate_features import FeatureStore
-from ldm.generation.evaluate_images import RESERVED
-from ldm.generation.evaluate_work import Task, write_whole
+from ldm.generation.evaluation.features import FeatureStore
+from ldm.generation.evaluation.images import RESERVED
+from ldm.generation.evaluation.workers import Task, write_whole
 from ldm.metrics import feed, figures, network_key, network_of
 
 
@@ -45,6 +45,7 @@ class Measurement:
     ) -> None:
         self.metrics, self.generated, self.real = metrics, generated, real
         self.folder, self.device = folder, device
+        self._scores: dict[str, list[float]] = {}
         for metric in metrics.values():
             # What is computed here is computed from all images: there is nothing to gather from other ranks.
             metric.distributed_available_fn = lambda: False
@@ -60,16 +61,13 @@ class Measurement:
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Each metric's values by the names of their parts, "" where there is one alone."""
+        self._scores = {}
         return {name: figures(self._fed(name, metric)) for name, metric in self.metrics.items()}
 
     def scores(self) -> Iterator[dict[str, float]]:
-        """Image by image the values of the metrics that have one of each: {"index": 0, "clip_score": 31.2}."""
-        scored = {name: metric for name, metric in self.metrics.items() if hasattr(metric, "score")}
-        for part in range(self.generated.num_parts if scored else 0):
-            rows = self.generated.rows(part)
-            columns = {name: self._scores(metric, part, rows) for name, metric in scored.items()}
-            for i, index in enumerate(rows["index"].tolist()):
-                yield {"index": index, **{name: values[i] for name, values in columns.items()}}
+        """Image by image what `figures` found of metrics that have a value of each: {"index": 0, "clip_score": 31}."""
+        for index, values in enumerate(zip(*self._scores.values(), strict=True)):
+            yield {"index": index, **dict(zip(self._scores, values, strict=True))}
 
     def protocol(self, name: str) -> dict[str, Any]:
         """What a metric says of itself, and the real images that it saw."""
@@ -86,7 +84,9 @@ class Measurement:
             self._feed_real(metric, key)
             for part in range(self.generated.num_parts):
                 features = self.generated.features(key, part).to(self.device)
-                feed(metric, features, self.generated.rows(part), real=False)
+                values = feed(metric, features, self.generated.rows(part), real=False)
+                if values is not None:
+                    self._scores.setdefault(name, []).extend(values.tolist())
         elif adds_up(metric):
             metric.reset()
             for side, _, part in self._parts(metric):
@@ -146,10 +146,6 @@ class Measurement:
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
         images: Tensor = batch["image"].to(self.device).float() / 127.5 - 1
         return images
-
-    def _scores(self, metric: Any, part: int, rows: Mapping[str, Any]) -> list[float]:
-        features = self.generated.features(network_key(network_of(metric)), part).to(self.device)  # type: ignore[arg-type]
-        return [float(value) for value in metric.score(features, rows).tolist()]
 
 
 def needs_real(metric: Any) -> bool:

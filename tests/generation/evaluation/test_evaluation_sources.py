@@ -14,13 +14,13 @@ from PIL import Image
 
 from ldm.autoencoders import KLAutoencoder, VQAutoencoder
 from ldm.data import ShardDataModule
-from ldm.generation.evaluate import Evaluation, Subject
-from ldm.generation.evaluate_images import SplitImages, batches, open_images
-from ldm.generation.evaluate_prompts import own_prompts, read_prompts
-from ldm.generation.evaluate_reconstruction import evaluate_reconstructions, reconstruct, with_codes
-from ldm.generation.evaluate_samples import items_of
-from ldm.generation.evaluate_training import Every, keep_beside
-from ldm.generation.evaluate_work import FreeWorkers
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.images import SplitImages, batches, open_images
+from ldm.generation.evaluation.prompts import own_prompts, read_prompts
+from ldm.generation.evaluation.reconstruction import evaluate_reconstructions, reconstruct, with_codes
+from ldm.generation.evaluation.samples import items_of
+from ldm.generation.evaluation.training_images import Every, keep_beside
+from ldm.generation.evaluation.workers import FreeWorkers
 from ldm.generation.report import EvaluationFolder
 from ldm.generation.report.neighbours import nearest_trained
 from ldm.metrics import CodebookUsage, FrechetDistance, ReconstructionQuality

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.generation.evaluate_images import Images
-from ldm.generation.evaluate_work import write_text, write_whole
+from ldm.generation.evaluation.images import Images
+from ldm.generation.evaluation.workers import write_text, write_whole
 from ldm.generation.postprocess import grid
 
 SHOWN = 100
@@ -54,7 +54,7 @@ def difference(folder: Path, plan: Mapping[str, Any]) -> tuple[str, Any, Any] | 
     return None if name is None else (name, there.get(name), wanted.get(name))
 
 
-def merged(path: Path, report: dict[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+def merged(path: Path, report: dict[str, Any]) -> dict[str, Any]:
     """A report with the metrics that an earlier one of the same samples had besides."""
     if not path.is_file():
         return report

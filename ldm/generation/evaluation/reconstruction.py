@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldm.autoencoders import Autoencoder, VQAutoencoder
 from ldm.generation.encode import weights_sha256
-from ldm.generation.evaluate import Evaluation, Subject
-from ldm.generation.evaluate_images import Images
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.images import Images
 from ldm.generation.postprocess import to_pil
 from ldm.metrics import CodebookUsage
 

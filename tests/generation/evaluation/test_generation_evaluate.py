@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torchmetrics import Metric
 
 from ldm.generation import Pipeline
-from ldm.generation.evaluate import Evaluation
+from ldm.generation.evaluation.evaluate import Evaluation
 from ldm.metrics import as_seen
 
 PROMPTS = [{"prompt": "red", "digit": 3}, {"prompt": "blue", "digit": 4}, {"prompt": "seven", "digit": 7}]
@@ -71,6 +71,17 @@ def test_a_second_evaluation_starts_afresh(make_pipeline: Callable[..., Pipeline
     for report in (first, second):
         del report["seconds_sampling"], report["seconds_measuring"]
     assert_close(second, first)
+
+
+def test_a_label_that_one_prompt_lacks_is_missed_before_sampling(
+    make_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    metric = Sums()
+    metric.column = "digit"
+    evaluation = make(metrics={"sums": metric}, prompts=[*PROMPTS, {"prompt": "five"}])
+    with pytest.raises(ValueError, match=r"sums: got prompts with the labels \[\], such as 'five', expected digit"):
+        evaluation(make_pipeline(), tmp_path)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_an_evaluation_of_nothing_refuses_to_build() -> None:

@@ -12,11 +12,12 @@ from ldm.conditioners import LowResolution
 from ldm.data import Record, ShardDataModule, write_shards
 from ldm.data.degradation import LowResolution as SmallPictures
 from ldm.diffusion import Conditioning, Denoiser, Guidance, parameterizations, schedules, times, weightings
-from ldm.generation import Pipeline, SamplingSettings
-from ldm.generation.evaluate import Evaluation, Subject
-from ldm.generation.evaluate_images import open_images
-from ldm.generation.evaluate_told import evaluate_told
-from ldm.generation.evaluate_work import FreeWorkers
+from ldm.generation import Order, Pipeline, SamplingSettings
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.images import open_images
+from ldm.generation.evaluation.told import evaluate_told, telling
+from ldm.generation.evaluation.workers import FreeWorkers
+from ldm.generation.report.strips import read_strips, strip_tasks
 from ldm.metrics import FrechetDistance, RandomFeatures
 from ldm.metrics.reconstruction import ReconstructionQuality
 from ldm.samplers import DDIM, Trailing
@@ -59,13 +60,23 @@ def test_picture_i_is_made_of_what_sample_i_tells(tmp_path: Path) -> None:
         "reconstruction": ReconstructionQuality(),
         "fid": FrechetDistance(features=RandomFeatures(4)),
     }
+    model = pipeline()
     evaluation = Evaluation(metrics=metrics, reference=data, seed=5, shard_size=4, batch_size=3)
     subject = Subject(tmp_path / "out", torch.device("cpu"), {}, FreeWorkers())
 
-    figures = evaluate_told(evaluation, pipeline(), data, subject)
+    tell = telling(evaluation, model, data)
+    figures = evaluate_told(evaluation, model, tell, subject)
 
     assert figures["num_images"] == 7 and figures["reconstruction/psnr"] > 45
     made = open_images(tmp_path / "out")
     for i, picture in enumerate(pictures):
         assert np.abs(made[i]["image"].permute(1, 2, 0).numpy().astype(int) - picture).max() <= 1
         assert made[i]["prompt"] == f"picture {i}"
+
+    order = Order("", 5 + 3)
+    tasks = strip_tasks(
+        model, [order], tmp_path, indices=[3], settings=model.settings, how=lambda order: tell([order.seed])
+    )
+    tasks[0].run()
+    (strip,) = read_strips(tmp_path)
+    assert np.abs(np.asarray(strip.picture)[8, 8].astype(int) - pictures[3, 0, 0]).max() < 8
