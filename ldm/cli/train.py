@@ -47,7 +47,8 @@ def produce(folder: RunFolder) -> dict[str, Any]:
     from ldm.training.fit import leave_group
 
     # Built before training, so that a mistake in it shows now, and before seeding, so that it changes nothing.
-    evaluation = build(config.evaluation) if config.evaluation and "_target_" in config.evaluation else None
+    node = config.get("evaluation")  # which ~evaluation takes away
+    evaluation = build(node) if node and "_target_" in node else None
     check_memory(config)
     with data_faults():
         model, data = _trained(folder)
@@ -172,7 +173,7 @@ def _start_from(folder: RunFolder, model: Any) -> None:
     place = Path(str(folder.config.start_from)).expanduser()
     with user_mistakes():
         grown = start_from(model, place)
-    more = f"; new input channels of {', '.join(grown)} start at zero" if grown else ""
+    more = f"; what is new in {', '.join(grown)} starts at zero" if grown else ""
     say(f"starting from {shown(place)}{more}", style="dim")
 
 

@@ -48,8 +48,11 @@ class SampleGrid(pl.Callback):
         self.num_images = num_images
         self.seed = seed
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raises ValueError where the module cannot sample, or where there is nothing to take prompts from."""
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Raises ValueError where the module cannot sample, or where there is nothing to take prompts from.
+
+        An encoder that only prompts need is loaded here: what is wrong with it is to show before training, not after.
+        """
         if not hasattr(pl_module, "sample"):
             raise ValueError(
                 f"got callback sample_grid with {type(pl_module).__name__}, expected a module that samples prompts; "
@@ -59,6 +62,11 @@ class SampleGrid(pl.Callback):
             raise ValueError(
                 "got no callback.sample_grid.prompts and no data module to take captions from; set prompts"
             )
+        if hasattr(pl_module, "pipeline"):
+            try:
+                pl_module.pipeline().conditioner.num_chunks("")
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{error}; or leave out the pictures (~callback.sample_grid)") from error
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settles the prompts."""

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,3 +67,14 @@ def test_no_prompts_and_no_captions_are_refused(tiny, data, fit, tmp_path) -> No
     data._batch = lambda indices: {"image": None}
     with pytest.raises(ValueError, match="without captions"):
         fit(tiny, data, [SampleGrid(tmp_path)])
+
+
+def test_an_encoder_that_prompts_alone_need_is_missed_before_training(tiny, data, fit, tmp_path, monkeypatch) -> None:
+    def no_encoder(text: str) -> int:
+        raise ValueError("conditioner.encoder: got none")
+
+    pipeline = SimpleNamespace(conditioner=SimpleNamespace(num_chunks=no_encoder))
+    monkeypatch.setattr(tiny, "pipeline", lambda: pipeline, raising=False)
+    with pytest.raises(ValueError, match=r"^conditioner\.encoder: got none; or leave out .*~callback\.sample_grid"):
+        fit(tiny, data, [SampleGrid(tmp_path)])
+    assert tiny.global_step == 0
