@@ -34,7 +34,7 @@ from ldm.cli.provenance import redact_override
 TEXT_KEYS = (
     *("prompt", "negative_prompt", "prompt_file", "to", "image", "mask", "depth", "out", "checkpoint"),
     *("source", "config", "base", "run", "shards", "launcher", "evaluations", "votes", "key", "card"),
-    *("images", "reference", "prompts", "reconstruct", "setup", "install"),
+    *("images", "reference", "prompts", "reconstruct", "setup", "install", "guidance.guide", "guidance.classifier"),
 )
 # Of these, the keys that may hold a list as well.
 LIST_KEYS = ("shards", "evaluations", "votes")
@@ -97,11 +97,15 @@ def quote(argument: str) -> str:
 
 
 def grouped(command: str, argument: str) -> str:
-    """`metrics=[fid,is]` of `ldm evaluate` as the choice of a group that it is: metric=[fid,inception_score]."""
+    """`metrics=[fid,is]` of `ldm evaluate` as the choice of a group that it is, metric=[fid,inception_score].
+
+    `callback=[...,is]` of `ldm train` means the inception score too.
+    """
     key, _, value = argument.partition("=")
-    if command != "evaluate" or key != "metrics":
+    group = {("evaluate", "metrics"): "metric", ("train", "callback"): "callback"}.get((command, key))
+    if group is None:
         return argument
-    return "metric=" + re.sub(r"(?<![\w])is(?![\w])", "inception_score", value)
+    return f"{group}=" + re.sub(r"(?<![\w])is(?![\w])", "inception_score", value)
 
 
 def named(command: str, argument: str, before: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -185,7 +185,7 @@ def chosen_settings(config: DictConfig, pipeline: Pipeline) -> dict[str, Any]:
     chosen: dict[str, Any] = {"num_steps": config.steps, "image_size": list(size) if OmegaConf.is_list(size) else size}
     for part in ("sampler", "discretization"):
         chosen[part] = build(config[part]) if config.get(part) else None
-    chosen["guidance"] = _guidance(config.guidance, pipeline)
+    chosen["guidance"] = _guidance(config.guidance, pipeline, trust=config.trust)
     return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -199,7 +199,7 @@ def check_positive(config: DictConfig, *names: str) -> None:
 
 def check_guidance(node: DictConfig) -> None:
     """Raises UserError for a scale or rescale that is no number, or an interval that is not two."""
-    for name in ("scale", "rescale"):
+    for name in ("scale", "rescale", "classifier_scale"):
         if node.get(name) is not None and not is_number(node[name]):
             raise UserError(f"guidance.{name}: got {node[name]}, expected a number")
     interval = node.get("interval")
@@ -253,7 +253,7 @@ def record(config: DictConfig, settings: SamplingSettings, checkpoint: Path) -> 
 
 def describe(settings: SamplingSettings) -> dict[str, Any]:
     """Sampling settings as plain values: class names, numbers."""
-    from ldm.generation.evaluate_protocol import plain
+    from ldm.generation.evaluation.protocol import plain
 
     return {
         "sampler": type(settings.sampler).__name__,
@@ -279,13 +279,17 @@ def _sha256(path: str) -> str:
     return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
-def _guidance(node: DictConfig, pipeline: Pipeline) -> Any:
+def _guidance(node: DictConfig, pipeline: Pipeline, *, trust: Sequence[str]) -> Any:
     """The chosen guidance, or the model's own with the values that the command sets, or None: as it is."""
     if "_target_" in node:
         return build(node)
     given: dict[str, Any] = {str(key): value for key, value in node.items() if value is not None}
     if not given:
         return None
-    own = pipeline.settings.guidance
     with user_mistakes():
+        if given.keys() & {"guide", "classifier", "classifier_scale"}:
+            from ldm.cli.guides import guidance_of
+
+            return guidance_of(given, pipeline, trust=trust)
+        own = pipeline.settings.guidance
         return type(own)(**{**vars(own), **given})

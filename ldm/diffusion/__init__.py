@@ -2,7 +2,17 @@
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser, Prediction, PredictionWithVariance
-from ldm.diffusion.guidance import Denoise, Guidance
+from ldm.diffusion.guidance import Autoguidance, ClassifierGuidance, Denoise, Guidance
 from ldm.diffusion.schedules import Schedule
 
-__all__ = ["Conditioning", "Denoise", "Denoiser", "Guidance", "Prediction", "PredictionWithVariance", "Schedule"]
+__all__ = [
+    "Autoguidance",
+    "ClassifierGuidance",
+    "Conditioning",
+    "Denoise",
+    "Denoiser",
+    "Guidance",
+    "Prediction",
+    "PredictionWithVariance",
+    "Schedule",
+]

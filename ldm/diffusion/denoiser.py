@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, Self, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Conditioning
@@ -103,6 +104,19 @@ class Denoiser(nn.Module):
         """The pair that an output F stands for, with v where there is one."""
         pair = self.parameterization.solve(x_t, output, per_sample(t, x_t), self.schedule)
         return Prediction(*pair) if share is None else PredictionWithVariance(*pair, share)
+
+    def has_process_of(self, other: Denoiser) -> bool:
+        """Whether another model's x_t and output mean the same at every time."""
+        own, theirs = self.schedule, other.schedule
+        if type(self.parameterization) is not type(other.parameterization) or own.t_max != theirs.t_max:
+            return False
+        # Within the times that any schedule allows.
+        t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64) * own.t_max
+        a, b = (
+            torch.stack([*self.parameterization.coefficients(t, one), one.alpha(t), one.sigma(t)])
+            for one in (own, theirs)
+        )
+        return torch.allclose(a, b)
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x_0 + sigma eps at times t (B,)."""

@@ -195,8 +195,10 @@ class Pipeline:
     @torch.no_grad()
     def states(self, start: Start, settings: SamplingSettings) -> Iterator[State]:
         """The trajectory of one batch, in latents (B, C, h, w)."""
-        # Between equal conditions there is nothing to guide, and one evaluation a step does.
-        guidance = Guidance() if equal(start.cond, start.uncond) else settings.guidance
+        guidance = settings.guidance
+        if guidance.leads_from_null and equal(start.cond, start.uncond):
+            # There is nothing to guide, and one evaluation a step does.
+            guidance = Guidance()
         denoise = guidance(self.denoiser, start.cond, start.uncond)
         yield from settings.sampler.trajectory(
             denoise,
@@ -238,7 +240,7 @@ class Pipeline:
         """Raises ValueError for a negative prompt or a scale that was chosen and can have no effect."""
         negative = next((order.negative_prompt for order in orders if order.negative_prompt.strip()), None)
         if isinstance(self.conditioner, Unconditional):
-            if guidance.scale != 1 and guidance is not self.settings.guidance:
+            if guidance.scale != 1 and guidance.leads_from_null and guidance is not self.settings.guidance:
                 raise ValueError(
                     f"got guidance.scale={guidance.scale:g} for a model without conditions, which has nothing to guide "
                     "to; expected none, or 1; leave it out"

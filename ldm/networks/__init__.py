@@ -7,6 +7,7 @@ from ldm.networks.dit import DiT
 from ldm.networks.edm2_unet import EDM2UNet
 from ldm.networks.edm_unet import EDMUNet
 from ldm.networks.mmdit import MMDiT
+from ldm.networks.noisy_classifier import NoisyClassifier
 from ldm.networks.unet import UNet
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EDM2UNet",
     "EDMUNet",
     "MMDiT",
+    "NoisyClassifier",
     "PatchDiscriminator",
     "UNet",
 ]

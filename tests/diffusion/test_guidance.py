@@ -5,7 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ldm.diffusion import Conditioning, Denoiser, Guidance
+from ldm.diffusion import (
+    Autoguidance,
+    ClassifierGuidance,
+    Conditioning,
+    Denoiser,
+    Guidance,
+    PredictionWithVariance,
+)
 from ldm.diffusion.parameterizations import V, Velocity
 from ldm.diffusion.schedules import Linear, RectifiedFlow
 from ldm.diffusion.times import Uniform
@@ -23,6 +30,17 @@ class Shifting(nn.Module):
         assert cond.vector is not None
         self.asked.append(len(x))
         return torch.tanh(x) * cond.vector.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000
+
+
+class Unled(nn.Module):
+    """A network that takes class ids and says nothing of them."""
+
+    def __init__(self, *, learned_variance: bool = False) -> None:
+        super().__init__()
+        self.learned_variance = learned_variance
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return torch.cat([torch.tanh(x), x.sin()], dim=1) if self.learned_variance else torch.tanh(x)
 
 
 def make_denoiser(*, flow: bool = False) -> Denoiser:
@@ -133,3 +151,80 @@ def test_channels_beyond_those_that_are_guided_are_the_conditional_ones() -> Non
     assert_close(combined[:, 2:], cond[:, 2:], rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"^got guidance\.channels=0, expected at least 1"):
         Guidance(channels=0)
+
+
+class Telling(nn.Module):
+    """A classifier of two classes whose logits are the mean of x and its negative, told apart by time."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1) * (1 + t / 1000)
+        return torch.stack([mean, -mean], dim=1)
+
+
+def classes(*labels: int) -> Conditioning:
+    return Conditioning(vector=torch.tensor(labels))
+
+
+def test_a_worse_model_is_led_away_from_and_each_is_asked_once() -> None:
+    model, guide = make_denoiser(), make_denoiser()
+    good, bad = model.output(X, T.expand(2), COND), guide.output(X, T.expand(2), COND)
+    assert isinstance(guide.network, Shifting)
+    guide.network.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    asked(model).clear()
+    asked(guide).clear()
+    guided = Autoguidance(guide, scale=2.5)(model, COND, UNCOND)(X, T)
+    assert (asked(model), asked(guide)) == ([2], [2])
+    expected = model.predict(X, T.expand(2), 0.5 * bad + 2.5 * (good - 0.5 * bad))
+    assert_close(guided, expected)
+
+
+def test_a_guide_that_knows_no_conditions_is_told_none() -> None:
+    class Untold(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            assert not cond.parts()
+            return torch.zeros_like(x)
+
+    guide, model = make_denoiser(), make_denoiser()
+    guide.network = Untold()
+    guided = Autoguidance(guide, is_told=False, scale=3.0)(model, COND, UNCOND)(X, T)
+    assert_close(guided, model.predict(X, T.expand(2), 3.0 * model.output(X, T.expand(2), COND)))
+
+
+def test_a_guide_of_another_process_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^got guidance\.guide of another schedule or parameterization .*expected"):
+        Autoguidance(make_denoiser(flow=True), scale=2.0)(make_denoiser(), COND, UNCOND)
+
+
+def test_a_classifier_shifts_the_noise_by_its_gradient() -> None:
+    denoiser = make_denoiser()
+    denoiser.network = Unled()
+    told = classes(0, 1)
+    plain = denoiser(X, T.expand(2), told)
+    guided = ClassifierGuidance(Telling(), classifier_scale=4.0)(denoiser, told, told)(X, T)
+    # log p(0) = -log(1 + exp(-2 m)), whose slope in the mean m is 2 p(1); the mean has one over its size of each value.
+    slope = 1 + denoiser.schedule.network_time(T) / 1000
+    mean = X.flatten(1).mean(1) * slope
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    gradient = sign * 2 * torch.sigmoid(-2 * sign * mean) * slope / X[0].numel()
+    alpha, sigma = denoiser.schedule.alpha(T), denoiser.schedule.sigma(T)
+    assert_close(guided.eps, plain.eps - 4.0 * sigma * gradient.view(-1, 1, 1, 1).expand_as(X))
+    assert_close(alpha * guided.x_0 + sigma * guided.eps, X)
+
+
+def test_a_classifier_keeps_the_variance_and_does_nothing_where_no_data_is_left() -> None:
+    flow = make_denoiser(flow=True)
+    flow.network = Unled()
+    end = torch.tensor(1.0, dtype=torch.float64)
+    told = classes(0, 1)
+    guidance = ClassifierGuidance(Telling(), classifier_scale=4.0)
+    assert_close(guidance(flow, told, told)(X, end), flow(X, end.expand(2), told))
+    learning = make_denoiser()
+    learning.network = Unled(learned_variance=True)
+    guided = guidance(learning, told, told)(X, T)
+    assert isinstance(guided, PredictionWithVariance)
+    assert_close(guided.share, learning.output_and_share(X, T.expand(2), told)[1])
+
+
+def test_a_classifier_needs_class_ids() -> None:
+    with pytest.raises(ValueError, match=r"^got guidance\.classifier with a model that is not told class ids"):
+        ClassifierGuidance(Telling())(make_denoiser(), COND, UNCOND)
