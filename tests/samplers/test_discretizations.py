@@ -36,6 +36,19 @@ def test_linspace_visits_the_first_and_the_last_training_step() -> None:
     assert_close(index, torch.arange(999, -1, -111).double(), rtol=0, atol=1e-4)
 
 
+def test_linspace_comes_to_its_last_step_evenly() -> None:
+    """SiT, table 10: 250 evaluations, of which the last is from 0.04 to 0."""
+    times = Linspace(last_step=0.04)(250, RectifiedFlow())
+    assert_close(times[[0, -2, -1]], torch.tensor([1.0, 0.04, 0.0]))
+    assert_close(times[:-1].diff(), torch.full((249,), -0.96 / 249))
+    with pytest.raises(ValueError, match=r"^got discretization\.last_step=0\.04 on Linear, expected null"):
+        Linspace(last_step=0.04)(250, Linear())
+    with pytest.raises(ValueError, match=r"a time between 0\.002 and 80"):
+        Linspace(last_step=100.0)(250, EDM())
+    with pytest.raises(ValueError, match=r"^got 1 sampling step with discretization\.last_step"):
+        Linspace(last_step=0.04)(1, RectifiedFlow())
+
+
 def test_trailing_starts_at_the_last_training_step_and_ends_a_stride_before_the_data() -> None:
     index = Linear().network_time(Trailing()(10, Linear())[:-1].double())
     assert_close(index, torch.arange(999, 0, -100).double(), rtol=0, atol=1e-4)
