@@ -9,6 +9,7 @@ from ldm.conditioners.depth_map import DepthMap
 from ldm.conditioners.layout import Layout
 from ldm.conditioners.low_resolution import LowResolution
 from ldm.conditioners.masked_image import MaskedImage
+from ldm.conditioners.noisy_embedding import NoisyEmbedding
 from ldm.conditioners.open_clip import OpenCLIPText
 from ldm.conditioners.precomputed import PrecomputedText
 from ldm.conditioners.semantic_map import SemanticMap
@@ -38,6 +39,7 @@ __all__ = [
     "Layout",
     "LowResolution",
     "MaskedImage",
+    "NoisyEmbedding",
     "OpenCLIPText",
     "PrecomputedText",
     "PretrainedTokenizer",

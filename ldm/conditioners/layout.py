@@ -68,11 +68,7 @@ class Layout(Conditioner):
 
     def tokens(self, boxes: Tensor) -> Tensor:
         """Token ids int64 (B, 3 * max_boxes + 2) of boxes (B, N, 5)."""
-        if boxes.shape[1] > self.max_boxes or (boxes[..., 0] >= self._nothing).any():
-            raise ValueError(
-                f"got {boxes.shape[1]} boxes with classes up to {boxes[..., 0].max():g}, expected at most "
-                f"conditioner.max_boxes={self.max_boxes}, classes below {self._nothing}"
-            )
+        self.check_boxes(boxes)
         corners = (boxes[..., 1:].clamp(0, 1) * (self.cells - 1)).round().long()
         cells = corners[..., 1::2] * self.cells + corners[..., 0::2]
         triples = torch.cat([boxes[..., :1].long(), cells], dim=-1)
@@ -81,6 +77,14 @@ class Layout(Conditioner):
         ids[:, : 3 * boxes.shape[1]] = triples.flatten(1)
         ids[:, -2:] = torch.tensor([0, self.cells**2 - 1], device=boxes.device)
         return ids
+
+    def check_boxes(self, boxes: Tensor) -> None:
+        """Raises ValueError for too many boxes (B, N, 5), or a class that has no token."""
+        if boxes.shape[1] > self.max_boxes or (boxes[..., 0] >= self._nothing).any():
+            raise ValueError(
+                f"got {boxes.shape[1]} boxes with classes up to {boxes[..., 0].max():g}, expected at most "
+                f"conditioner.max_boxes={self.max_boxes}, classes below {self._nothing}"
+            )
 
     def null(self, n: int) -> Conditioning:
         """A picture without a box, n times."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.conditioners.base import Conditioner
+from ldm.conditioners.draws import generator_of
 from ldm.diffusion import Conditioning
 from ldm.diffusion.schedules import ScaledLinear
 from ldm.nn.arguments import keeps_arguments
@@ -71,8 +71,7 @@ class LowResolution(Conditioner):
 
     def _draw(self, position: int, shape: Sequence[int]) -> tuple[int, Tensor]:
         """The level of one sample's noise, and the noise."""
-        digest = hashlib.blake2b(f"low_res/{self.seed}/{position}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        generator = generator_of("low_res", seed=self.seed, position=position)
         level = int(torch.randint((self.max_noise_level or 0) + 1, (), generator=generator))
         return level, torch.randn(tuple(shape), generator=generator)
 

@@ -30,7 +30,8 @@ def write_tiny(
     """Write folder/train and folder/validation; return the number of samples in each.
 
     A sample is a square on a background, captioned; its json has class_label (0 to 9), aesthetic_score, the square's
-    box in `boxes`, a map of two classes in `classes` and one of depths in `depth`, as PNGs in base64.
+    box in `boxes`, a map of two classes in `classes` and one of depths in `depth`, as PNGs in base64, and 4 numbers in
+    `image_embedding`.
     Raises ValueError for fewer than one sample, and for what `write_shards` refuses.
     """
     if min(num_train, num_validation) < 1 or size < 8:
@@ -67,6 +68,7 @@ def record(random: np.random.Generator, number: int, size: int) -> Record:
         "boxes": [box],
         "classes": as_png(np.where(inside, label + 1, 0)),
         "depth": as_png(depths),
+        "image_embedding": [*box[1:3], side / size, label / NUM_CLASSES],
     }
     return Record(pixels.clip(0, 255).astype(np.uint8), f"a {front} square on {back}", columns)
 

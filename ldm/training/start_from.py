@@ -16,6 +16,8 @@ from ldm.training.frozen import drop_frozen
 from ldm.training.latent_diffusion import LatentDiffusionModule
 
 WEIGHTS, AUTOENCODER = "weights.safetensors", "autoencoder.safetensors"
+# Of a network's embedding of a vector, all and the last layer.
+VECTOR, LAST = "denoiser.network.label_emb.0.", "denoiser.network.label_emb.0.2."
 
 
 def start_from(module: pl.LightningModule, place: Path | str) -> list[str]:
@@ -23,13 +25,14 @@ def start_from(module: pl.LightningModule, place: Path | str) -> list[str]:
 
     A weight that has grown by input channels keeps its values for the old ones and is zero for the new, so that the
     model begins as the one before: an inpainting, depth or edit model of a text model (Rombach et al. 2022; Stable
-    Diffusion 2 `insert_new_channels`).
+    Diffusion 2 `insert_new_channels`). So does the embedding of a vector that the one before was not told: its last
+    layer is zero.
 
     Args:
         place: a run folder, or a weights file that a run wrote.
 
     Returns:
-        The names of the weights that have grown.
+        The names of the weights that have grown, and of the layer that is zero.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -49,6 +52,11 @@ def _read(place: Path, name: str) -> dict[str, Tensor]:
 
 def _fill(modules: list[Any], state: Mapping[str, Tensor]) -> list[str]:
     wanted = drop_frozen(modules[0], modules[0].state_dict())
+    zero = []
+    if not any(name.startswith(VECTOR) for name in state):
+        zero = [name for name in wanted if name.startswith(LAST)]
+        new = {name: value for name, value in wanted.items() if name.startswith(VECTOR)}
+        state = {**state, **new, **{name: torch.zeros_like(wanted[name]) for name in zero}}
     missing, strange = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if missing or strange:
         raise ValueError(
@@ -59,7 +67,7 @@ def _fill(modules: list[Any], state: Mapping[str, Tensor]) -> list[str]:
     filled = {name: _widened(name, value, wanted[name]) if name in grown else value for name, value in state.items()}
     for module in modules:
         module.load_state_dict(filled, strict=False)
-    return grown
+    return [*grown, *zero]
 
 
 @torch.no_grad()

@@ -54,6 +54,19 @@ def test_new_input_channels_change_nothing_at_first(tmp_path: Path) -> None:
     assert_close(after, before)
 
 
+def test_a_vector_that_was_not_told_before_changes_nothing_at_first(tmp_path: Path) -> None:
+    module = latent_diffusion_module(denoiser=denoiser(4, vector_dim=6))
+    new = start_from(module, write(tmp_path))
+    assert new == [f"denoiser.network.label_emb.0.2.{name}" for name in ("weight", "bias")]
+    x, t, context = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.randn(2, 3, 8)
+    before = tiny_denoiser().network(x, t, Conditioning(context=context))
+    network = module.trained.denoiser.network
+    after = network(x, t, Conditioning(context=context, vector=torch.randn(2, 6)))
+    assert_close(after, before)
+    after.sum().backward()
+    assert network.label_emb[0][2].weight.grad.abs().sum() > 0
+
+
 def test_another_geometry_is_refused_by_name(tmp_path: Path) -> None:
     folder = write(tmp_path)
     with pytest.raises(ValueError, match=r"start_from: got denoiser\.network\.input_blocks\.0\.0\.bias of shape"):
