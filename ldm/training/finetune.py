@@ -186,4 +186,6 @@ def _reweighted(denoiser: Denoiser, weighting: Weighting | None) -> Denoiser:
         parameterization=denoiser.parameterization,
         weighting=weighting,
         times=denoiser.times,
+        distance=denoiser.distance,
+        bound_weight=denoiser.bound_weight,
     )

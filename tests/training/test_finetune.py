@@ -28,7 +28,7 @@ from ldm.interop.lora import apply_lora
 from ldm.interop.model import CarriedConditioner, build_denoiser
 from ldm.interop.textual_inversion import apply_embedding
 from ldm.networks import UNet
-from ldm.training.finetune import Finetuning, pretrained
+from ldm.training.finetune import Finetuning, _reweighted, pretrained
 from ldm.training.finetune_adapters import LoRA, TextualInversion, used_blocks
 from ldm.training.frozen import restore_frozen
 
@@ -333,6 +333,14 @@ def test_a_weighting_takes_the_place_of_the_familys() -> None:
     plain, weighted = (finetuning(weighting=w) for w in (None, MinSNR(gamma=1.0)))
     losses = [module.loss(batch_of(), module.trained, 0, 0.0) for module in (plain, weighted)]
     assert (losses[0] - losses[1]).abs().max() > 0.01
+
+
+def test_a_weighting_leaves_the_distance_and_the_bound_as_they_are() -> None:
+    start = tiny_pretrained()
+    start.denoiser.distance, start.denoiser.bound_weight = "absolute", 0.5
+    trained = _reweighted(start.denoiser, MinSNR(gamma=1.0))
+    assert isinstance(trained.weighting, MinSNR)
+    assert (trained.distance, trained.bound_weight) == ("absolute", 0.5)
 
 
 def test_the_network_is_in_training_mode_and_frozen_encoders_are_not() -> None:
