@@ -53,6 +53,13 @@ WITHOUT_EFFECT = (
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
     "trainer.default_root_dir",
+    # Batches are global: on more devices each takes a smaller share of the same steps.
+    "trainer.devices",
+    "trainer.num_nodes",
+    "strategy.timeout",
+    "strategy.timeout_minutes",
+    "trainer.strategy.timeout",
+    "trainer.strategy.timeout_minutes",
 )
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 

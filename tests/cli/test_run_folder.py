@@ -60,6 +60,7 @@ def test_the_same_config_finds_the_same_folder(folder: Path) -> None:
         {"logger.csv.folder": "x"},
         {"callback.progress.every": 9},
         {"trainer.log_every_n_steps": 9},
+        {"trainer.devices": 4, "trainer.num_nodes": 2},
     ],
     ids=str,
 )
