@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ldm.cli.plan_work import Work
 
 CHOICES = {"show": ("all", "memory"), "stack": ("auto", "eager", "compiled", "tuned")}
-# How `ldm train` is asked for its memory.
+# How a command that trains is asked for its memory.
 MEMORY = ("+memory", "+memory=true", "+memory=estimate")
+OF_TRAINING = ("train", "reproduce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,14 @@ class Plan:
 
 
 def asks_for_memory(command: str, arguments: Sequence[str]) -> bool:
-    """Whether `ldm train ... +memory` was typed, which `ldm plan` answers."""
-    return command == "train" and any(argument in MEMORY for argument in arguments)
+    """Whether `ldm train ... +memory` or `ldm reproduce NAME +memory` was typed, which `ldm plan` answers."""
+    return command in OF_TRAINING and any(argument in MEMORY for argument in arguments)
 
 
 def as_plan(arguments: Sequence[str]) -> list[str]:
     """The arguments of the `ldm plan` that answers it."""
-    return [*(argument for argument in arguments if argument not in MEMORY), "show=memory"]
+    kept = [argument for argument in arguments if argument not in MEMORY and not argument.startswith("reproduce.")]
+    return [*kept, "show=memory"]
 
 
 def plan(config: DictConfig, overrides: Sequence[str]) -> None:

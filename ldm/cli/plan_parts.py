@@ -91,6 +91,7 @@ def first_stage_node(config: DictConfig) -> dict[str, Any]:
         # Another geometry, chosen to plan with, may stand where an experiment says from where to load one.
         return {key: value for key, value in node.items() if key != "path"}
     path = str(node["path"])
+    named = OmegaConf.select(config, "card.first_stage")
     if found := RESULT.match(path):
         for link in links_of(config):
             if link.config.get("name") == found[1] and "autoencoder" in link.config:
@@ -100,7 +101,7 @@ def first_stage_node(config: DictConfig) -> dict[str, Any]:
     folder = conf_folder() / "autoencoder"
     names = [file.stem for file in sorted(folder.glob("*.yaml")) if file.stem != "trained"]
     # The finetuned decoders of Stable Diffusion, sd_vae_ft_ema and sd_vae_ft_mse, have its geometry.
-    stem = "sd" if Path(path).stem.startswith("sd_vae") else Path(path).stem
+    stem = named or ("sd" if Path(path).stem.startswith("sd_vae") else Path(path).stem)
     if stem in names:
         return dict(yaml.safe_load((folder / f"{stem}.yaml").read_text()))
     hint = did_you_mean(stem, names)
@@ -146,7 +147,11 @@ def built_fake(node: Any) -> Any:
         UserError: a setting is wrong.
     """
     with user_mistakes():
-        return instantiate(untrained(node), _convert_="all")
+        conditioner = instantiate(untrained(node), _convert_="all")
+    if hasattr(conditioner, "check_boxes"):
+        # Boxes of which only the shape is known have no class to look at.
+        object.__setattr__(conditioner, "check_boxes", lambda boxes: None)
+    return conditioner
 
 
 def batch_of(size: int, *, resolution: int, columns: Sequence[str], tensor: Callable[..., Tensor]) -> dict[str, Any]:
@@ -158,6 +163,8 @@ def batch_of(size: int, *, resolution: int, columns: Sequence[str], tensor: Call
         "image": tensor(size, 3, resolution, resolution),
         "mask": tensor(size, 1, resolution, resolution),
         "low_res": tensor(size, 3, small, small),
+        "depth": tensor(size, 1, resolution, resolution),
+        "classes": tensor(size, 1, resolution, resolution),
         "boxes": tensor(size, 30, 5),
         "position": tensor(size, dtype=torch.int64),
         "index": tensor(size, dtype=torch.int64),

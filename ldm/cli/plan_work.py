@@ -202,7 +202,7 @@ class _Told:
     def _read(self, node: Any, resolution: int, dtype: torch.dtype | None, *, real: bool) -> None:
         conditioner = parts.built_fake(_encoders(node))
         self.trained, self.frozen = parts.num_trained(conditioner), parts.num_frozen(conditioner)
-        self._keep(self._ask(conditioner, 2, resolution))
+        self._keep(self._ask(conditioner, 2, resolution), always_told=conditioner.always_told)
         if self.trained or self.frozen:
             sizes = (1, 2) if real else (8, 16)
             self.line = Line.through(lambda size: self._count(conditioner, size, resolution, dtype), sizes=sizes)
@@ -224,8 +224,11 @@ class _Told:
             cond = conditioner.null(size)
         return cond
 
-    def _keep(self, cond: Conditioning) -> None:
+    def _keep(self, cond: Conditioning, *, always_told: Sequence[str]) -> None:
         self.shapes = {name: (tuple(part.shape[1:]), part.dtype) for name, part in cond.parts().items()}
+        # No null condition has these, whose values may have been looked at in vain.
+        told = {name: shape for name, shape in self._by_arguments().items() if name in always_told}
+        self.shapes = {**told, **self.shapes}
 
     def _by_arguments(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         arguments: dict[str, Any] = getattr(self.network, "arguments", {})

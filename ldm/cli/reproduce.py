@@ -14,7 +14,9 @@ from rich.table import Table
 from ldm.cli.chain import run_chain, shown
 from ldm.cli.compose import compose_command
 from ldm.cli.console import CHECK_FAILED, heading, rank, say, show
+from ldm.cli.ema import averaged
 from ldm.cli.errors import RunFailed, UserError, user_mistakes
+from ldm.cli.job import quote
 from ldm.cli.papers_build import decimals
 from ldm.cli.reproduce_evaluation import evaluation_overrides, measured_metrics, miniature
 from ldm.cli.run_folder import RunFolder, write_json
@@ -131,13 +133,31 @@ def evaluate_row(folder: RunFolder, row: Card, settings: DictConfig) -> list[Pat
         say(f"{row.name}: none of its figures can be measured here ({', '.join(row.published)})", style="yellow")
         return []
     found = []
+    others = other_models(folder, row)
     for number in range(count):
-        words = evaluation_overrides(folder, row, number, settings)
+        words = [*evaluation_overrides(folder, row, number, settings), *others]
         heading(f"evaluation {number + 1}/{count}: {row.name}")
         composed = compose_command("evaluate", words)
         if folder.config.get("scale"):
             miniature(composed)
         found.append(evaluate(composed, words))
+    return found
+
+
+def other_models(folder: RunFolder, row: Card) -> list[str]:
+    """Overrides that name the other models a row is sampled with, such as a guide; trained first, as the chain is."""
+    found = []
+    length = OmegaConf.select(OmegaConf.create(dict(row.protocol)), "ema.sigma_rel")
+    for key, experiment in (row.evaluate.get("models") or {}).items():
+        if key == "guidance.guide" and folder.config.get("scale"):
+            say(f"{row.name}: without its guide: first stages are random in miniature, each another", style="yellow")
+            continue
+        words = [f"experiment={experiment}", *folder.config.inherit, f"paths.runs={folder.config.paths.runs}"]
+        heading(f"{row.name}: {key}")
+        place = run_chain("train", compose_command("train", words), words).path
+        # A guide is averaged over the same length.
+        is_averaged = key == "guidance.guide" and length is not None
+        found.append(quote(f"{key}={averaged(place, length) if is_averaged else place}"))
     return found
 
 

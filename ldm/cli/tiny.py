@@ -62,11 +62,14 @@ def _shrink_diffusion(config: DictConfig) -> None:
     if target not in NETWORKS:
         raise UserError(f"scale: got tiny for {target}, which ldm.cli.tiny.NETWORKS does not know; add it there")
     NETWORKS[target](network, widths(plain(config.conditioner)))
+    side = max(LATENTS, reduction_of(network))
+    if "image_size" in network:
+        network["image_size"] = side
     config.network = network
-    factor = downsampling_of(config)
-    config.data.resolution = factor * max(LATENTS, reduction_of(network))
-    config.model.sampling.num_steps = STEPS
-    config.model.sampling.image_size = config.data.resolution
+    config.data.resolution = downsampling_of(config) * side
+    if "sampling" in config.model:
+        config.model.sampling.num_steps = STEPS
+        config.model.sampling.image_size = config.data.resolution
 
 
 def plain(node: Any) -> Node:
@@ -164,6 +167,7 @@ CONDITIONERS: dict[str, Node] = {
     "ldm.conditioners.Layout": {"width": WIDTH, "depth": 1, "heads": 2, "head_dim": 8},
     "ldm.conditioners.ClassLabel": {"width": WIDTH},
     "ldm.conditioners.SizeCrop": {"dim": 16},
+    "ldm.conditioners.NoisyEmbedding": {"dim": 4},
 }
 
 
@@ -177,6 +181,8 @@ def widths(node: Mapping[str, Any]) -> Dims:
         return joined(part[0] for part in parts), sum(part[1] for part in parts)
     if target == "ldm.conditioners.SizeCrop":
         return 0, node["dim"] * len(node["columns"])
+    if target == "ldm.conditioners.NoisyEmbedding":
+        return 0, 2 * node["dim"]
     if target in ("ldm.conditioners.CLIPText", "ldm.conditioners.OpenCLIPText"):
         return WIDTH, WIDTH if node.get("pooled") else 0
     return (WIDTH if f"{target}.load" in CONDITIONERS or target in CONDITIONERS else 0), 0
@@ -225,6 +231,7 @@ def _told(node: Node, dims: Dims) -> None:
 NETWORKS: dict[str, Callable[[Node, Dims], None]] = {
     "ldm.networks.UNet": small_unet,
     "ldm.networks.ADMUNet": small_unet,
+    "ldm.networks.NoisyClassifier": small_unet,
     "ldm.networks.DiT": small_transformer,
     "ldm.networks.MMDiT": small_transformer,
     "ldm.networks.EDMUNet": small_edm_unet,

@@ -39,6 +39,14 @@ def test_training_says_its_memory_and_does_not_train(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_small_picture_is_told_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    # Its noise is drawn by positions, which have no values while planning.
+    assert main(["plan", "experiment=paper/sd2_x4"]) == 0
+    said = capsys.readouterr().out
+    assert "GPU-hours" in said and "not counted" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

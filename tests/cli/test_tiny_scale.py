@@ -117,3 +117,44 @@ def test_mistakes_are_one_line_each(
         lambda: "reproduce.confidence: got 2, expected between" in fails("ldm4_ffhq", "reproduce.confidence=2"),
     ]
     assert all(check() for check in checks)
+
+
+@pytest.mark.slow
+def test_a_row_guided_by_a_classifier_trains_it_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["+scale=tiny", "reproduce.seeds=1", "reproduce.rows=[guided]"]
+    assert main(["reproduce", "adm_128", *words]) == 0, capsys.readouterr()
+    run = only(folder, "runs/tiny/paper_adm_128/*")
+    protocols = [read_json(file)["protocol"]["guidance"] for file in run.glob("evaluations/*/evaluation.json")]
+    # The card's own row is not guided; the other says by which weights.
+    assert len(protocols) == 2 and [bool(one.get("classifier_sha256")) for one in protocols].count(True) == 1
+    assert {one["row"] for one in read_json(run / "reproduction.json")["verdicts"]} == {"card", "guided"}
+
+
+@pytest.mark.slow
+def test_a_worse_model_leads_the_sampling_of_a_better_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {}
+    for name, steps in (("better", 3), ("worse", 1)):
+        words = [f"name={name}", f"trainer.max_steps={steps}", "model.sampling.num_steps=2"]
+        assert main(["train", "experiment=paper/edm2_img64_s", "+scale=tiny", *words]) == 0
+        runs[name] = only(folder, f"runs/tiny/{name}/*/weights.safetensors").parent
+    guide = f"guidance.guide={runs['worse']}"
+    made = []
+    for words in (
+        [guide, "guidance.scale=1"],
+        [guide, "guidance.scale=3"],
+        [guide, "guidance.scale=3", "sampler=euler"],
+    ):
+        out = folder / str(len(made))
+        assert main(["sample", "prompt=3", f"checkpoint={runs['better']}", *words, f"out={out}"]) == 0
+        made.append(next(out.glob("*.png")).read_bytes())
+    assert len(set(made)) == 3
+    capsys.readouterr()
+    for words, line in {
+        (guide, "guidance.classifier_scale=1"): "guidance.classifier_scale: got one beside guidance.guide",
+        ("guidance.classifier_scale=1",): "guidance.classifier_scale: got one without guidance.classifier",
+        (f"guidance.classifier={runs['worse']}",): "a LatentDiffusionModule, expected a NoisyClassifierModule",
+        ("guidance.guide=nowhere",): "nowhere",
+    }.items():
+        assert main(["sample", "prompt=3", f"checkpoint={runs['better']}", *words, "out=never"]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and line in said[0]
