@@ -6,9 +6,9 @@ import gc
 import logging
 import signal
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
 
 import pytorch_lightning as pl
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from ldm.training.honesty import RanksDisagree
 from ldm.training.loggers import outlive, outliving
 from ldm.training.memory import OutOfMemory, is_out_of_memory
 from ldm.training.ranks import meet_anew
+
+Found = TypeVar("Found", bound=pl.Callback)
 
 
 class SetupError(Exception):
@@ -84,8 +86,8 @@ def fit(
 ) -> bool:
     """Trains to the end, from a checkpoint if there is one; returns False where Ctrl-C stopped it before.
 
-    A `StopOnSignal` among the callbacks says which other signals stop it; without one, its defaults hold. A logger
-    that fails once training has begun, or when a run goes on, is switched off.
+    A `StopOnSignal` among the callbacks says which other signals stop it; without one, its defaults hold. A `Watchdog`
+    watches over ranks. A logger that fails once training has begun, or when a run goes on, is switched off.
 
     Args:
         make_trainer: called once more for each time that training goes back to a checkpoint.
@@ -102,65 +104,83 @@ def fit(
     """
     quieten()
     meet_anew()
-    stop = next((one for one in callbacks if isinstance(one, StopOnSignal)), None) or StopOnSignal()
-    watchdog = next((one for one in callbacks if isinstance(one, Watchdog)), None)
-    # First, so that the other ranks learn of an error before anything else is done about it.
-    others = [*([watchdog] if watchdog else []), *(one for one in callbacks if one not in (stop, watchdog))]
+    stop = _one_of(callbacks, StopOnSignal) or StopOnSignal()
+    watchdog = _one_of(callbacks, Watchdog)
     goes_on = checkpoint is not None
     outlive(loggers, begun=lambda: stop.began or goes_on)
-    with stop, watchdog.watching() if watchdog else nullcontext():
-        try:
-            while True:
-                own: list[pl.Callback] = [ConfigInCheckpoint(config), SeedEveryBatch(config.get("seed") or 0)]
-                own += [WhatChanged(), UnfinishedStep(loggers)]
-                trainer = make_trainer(callbacks=[*others, *own, stop], logger=list(loggers))
-                if watchdog:
-                    watchdog.follow(trainer)
-                back = _fit_once(trainer, model, data, checkpoint)
-                if back is None:
-                    return True
-                checkpoint = back
-                # The replaced strategy's hooks on the model go with it.
-                del trainer
-                gc.collect()
-        except Stopped:
-            leave_group()
-        except SystemExit:
-            # How Lightning ends on a KeyboardInterrupt: here, the second signal.
-            if not stop.asked:
-                raise
-        except (Diverged, RanksDisagree, StorageError):
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(f"out of memory at step {model.global_step}: {error}".splitlines()[0]) from error
-            if stop.began:
-                raise
-            raise SetupError(str(error)) from error
-        finally:
-            _close(loggers, began=stop.began)
+    # The watchdog first, so that the other ranks learn of an error before anything else is done about it.
+    every = [*([watchdog] if watchdog else []), *(one for one in callbacks if one not in (stop, watchdog))]
+    every += [ConfigInCheckpoint(config), SeedEveryBatch(config.get("seed") or 0), WhatChanged()]
+    every += [UnfinishedStep(loggers), stop]
+
+    def trainer() -> pl.Trainer:
+        made = make_trainer(callbacks=list(every), logger=list(loggers))
+        if watchdog:
+            watchdog.follow(made)
+        return made
+
+    with stop, watchdog.watching() if watchdog else nullcontext(), _closing(loggers, stop), _telling_apart(stop, model):
+        _train(trainer, model, data, checkpoint)
+        return True
     if stop.asked in (None, signal.SIGINT):
         return False
     raise Preempted(stop.asked, requeued=stop.put_back())
 
 
-def _fit_once(
-    trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Place | None
-) -> Place | None:
-    """Trains; returns the checkpoint to go back to, or None at the end."""
+def _train(
+    make_trainer: Callable[[], pl.Trainer],
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    checkpoint: Place | None,
+) -> None:
+    """Trains to the end, anew with another trainer each time that training goes back to a checkpoint."""
+    while True:
+        trainer = make_trainer()
+        try:
+            trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+            return
+        except RolledBack as back:
+            checkpoint = back.checkpoint
+        # The replaced strategy's hooks on the model go with it.
+        del trainer
+        gc.collect()
+
+
+@contextmanager
+def _telling_apart(stop: StopOnSignal, model: pl.LightningModule) -> Iterator[None]:
+    """Says what an error means; lets a stop that was asked for pass."""
     try:
-        trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    except RolledBack as back:
-        return back.checkpoint
-    return None
+        yield
+    except Stopped:
+        leave_group()
+    except SystemExit:
+        # How Lightning ends on a KeyboardInterrupt: here, the second signal.
+        if not stop.asked:
+            raise
+    except (Diverged, RanksDisagree, StorageError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"out of memory at step {model.global_step}: {error}".splitlines()[0]) from error
+        if stop.began:
+            raise
+        raise SetupError(str(error)) from error
 
 
-def _close(loggers: Sequence[Logger], *, began: bool) -> None:
+@contextmanager
+def _closing(loggers: Sequence[Logger], stop: StopOnSignal) -> Iterator[None]:
     """Ends W&B's run: it is one of a process, so that the next job of a sweep would go on in it."""
-    for logger in loggers:
-        if began and isinstance(logger, WandbLogger):
-            with outliving(logger):
-                logger.experiment.finish()
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            if stop.began and isinstance(logger, WandbLogger):
+                with outliving(logger):
+                    logger.experiment.finish()
+
+
+def _one_of(callbacks: Sequence[pl.Callback], kind: type[Found]) -> Found | None:
+    return next((one for one in callbacks if isinstance(one, kind)), None)
 
 
 def leave_group() -> None:

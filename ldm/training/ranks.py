@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,7 @@ class Ranks:
         self.folder = Path(folder) / ".ranks" / attempt()
         self.started = time.time()
         self._host = socket.gethostname()
+        self._places: dict[int, dict[str, Any]] = {}
 
     def join(self) -> None:
         """Says that this rank is there; rank 0 clears earlier attempts away."""
@@ -60,14 +62,18 @@ class Ranks:
             self.folder.parent.rmdir()
 
     def tell(self, facts: Mapping[str, Any]) -> None:
-        """Says, once, how this rank failed or what it was at when another did."""
-        if not self._file("failed").exists():
-            _write(self._file("failed"), {"rank": self.rank, "at": time.time(), **facts})
+        """Says, once, how this rank failed or what it was at when another did.
+
+        On a full disk nothing is said: the others see this process end.
+        """
+        with suppress(OSError):
+            if not self._file("failed").exists():
+                _write(self._file("failed"), {"rank": self.rank, "at": time.time(), **facts})
 
     def told(self) -> dict[int, dict[str, Any]]:
         """What the ranks have said, by rank; without what an earlier attempt left."""
         found = {}
-        for rank in range(self.world_size):
+        for rank in self._ranks_with("failed"):
             note = _read(self._file("failed", rank))
             if note is not None and note["at"] > self.started - 60:
                 found[rank] = note
@@ -75,11 +81,11 @@ class Ranks:
 
     def dead(self) -> list[int]:
         """Ranks of this machine whose processes are gone although they never left."""
-        return [
-            rank
-            for rank in range(self.world_size)
-            if (here := _read(self._file("here", rank))) and here["host"] == self._host and not alive(here["process"])
-        ]
+        return [rank for rank, process in self._neighbours().items() if not alive(process)]
+
+    def absent(self) -> list[int]:
+        """Ranks that have not joined, or that have left."""
+        return sorted(set(range(self.world_size)) - set(self._ranks_with("here")))
 
     def wait_for_all(self, seconds: float) -> dict[int, dict[str, Any]]:
         """What all ranks but the dead have said, or those that spoke within so many seconds."""
@@ -91,10 +97,18 @@ class Ranks:
             time.sleep(0.05)
 
     def claim(self) -> bool:
-        """Whether this rank is the one that reports: the first to ask, and again when it asks again."""
-        with suppress(FileExistsError), (self.folder / "reporter").open("x") as file:
-            file.write(str(self.rank))
-        return self._reporter() == self.rank
+        """Whether this rank is the one that reports: the first to ask, and again when it asks again.
+
+        Where nothing can be written each one is: better said twice than never.
+        """
+        try:
+            with (self.folder / "reporter").open("x") as file:
+                file.write(str(self.rank))
+        except FileExistsError:
+            return self._reporter() == self.rank
+        except OSError:
+            pass
+        return True
 
     def wait_for_reporter(self, seconds: float) -> None:
         """Returns once the reporting rank has ended, or is this one; after so many seconds at most."""
@@ -107,6 +121,22 @@ class Ranks:
             if here and here["host"] == self._host and not alive(here["process"]):
                 return
             time.sleep(0.05)
+
+    def _neighbours(self) -> dict[int, int]:
+        """Processes of the ranks of this machine that are there, by rank."""
+        present = self._ranks_with("here")
+        for rank in present:
+            if rank not in self._places and (place := _read(self._file("here", rank))):
+                self._places[rank] = place
+        places = {rank: self._places[rank] for rank in present if rank in self._places}
+        return {rank: place["process"] for rank, place in places.items() if place["host"] == self._host}
+
+    def _ranks_with(self, what: str) -> list[int]:
+        """Ranks that have a file of this kind: one look at the folder, however many ranks there are."""
+        with suppress(OSError):
+            names = [path.name.partition(".") for path in self.folder.iterdir()]
+            return sorted(int(rank) for rank, _, kind in names if kind == what)
+        return []
 
     def _reporter(self) -> int | None:
         with suppress(OSError, ValueError):
@@ -138,9 +168,11 @@ def attempt() -> str:
     """A name that all ranks of one start share, and no earlier or later start has."""
     if ATTEMPT_VARIABLE in os.environ:
         return os.environ[ATTEMPT_VARIABLE]
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    names = ["TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"]
+    if _on_one_machine():  # of several each counts restarts by itself
+        names.append("TORCHELASTIC_RESTART_COUNT")
     parts = [os.environ[name] for name in names if name in os.environ]
-    if "LOCAL_WORLD_SIZE" in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ.get("WORLD_SIZE"):
+    if _on_one_machine():
         parts.append(str(os.getppid()))  # torchrun, which started all of them
     return "-".join(re.sub(r"\W", "_", part) for part in parts) or f"process_{os.getpid()}"
 
@@ -149,19 +181,32 @@ def meet_anew() -> None:
     """Has ranks that torchrun started again on one machine meet at a store of their own, before they join their group.
 
     torchrun's store still has the addresses of the attempt before, which a rank may read and find nobody at (PyTorch
-    issue 135712). On several machines, whose counts of restarts differ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 given to
-    torchrun does the same.
+    issue 135712). On several machines torchrun itself has to be told, and a warning says so before it matters.
     """
     variables, restart = os.environ, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    on_one_machine = variables.get("LOCAL_WORLD_SIZE") == variables.get("WORLD_SIZE")
-    shares = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if restart == "0" or not on_one_machine or not shares or dist.is_initialized():
+    if variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    if not _on_one_machine():
+        if variables.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and variables["RANK"] == "0":
+            warnings.warn(
+                "torchrun on several machines can start ranks again only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
+                "set that before torchrun, on each machine",
+                stacklevel=2,
+            )
+        return
+    if restart == "0":
         return
     common = dist.TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
     if variables["RANK"] == "0":
         common.set(f"ldm/port/{restart}", str(free_port()))
     variables["MASTER_PORT"] = common.get(f"ldm/port/{restart}").decode()
     variables["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def _on_one_machine() -> bool:
+    """Whether torchrun started all ranks here."""
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    return here is not None and here == os.environ.get("WORLD_SIZE")
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ def fsdp(
     *,
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
     state_dict_type: Literal["full", "sharded"] = "full",
-    timeout_minutes: float = 10,
+    timeout_minutes: float = 30,
 ) -> SealedFSDP:
     """Fully sharded data parallelism, on GPUs.
 
@@ -33,7 +33,7 @@ def fsdp(
     )
 
 
-def fsdp2(*, state_dict_type: Literal["full", "sharded"] = "full", timeout_minutes: float = 10) -> SealedFSDP2:
+def fsdp2(*, state_dict_type: Literal["full", "sharded"] = "full", timeout_minutes: float = 30) -> SealedFSDP2:
     """Fully sharded data parallelism of the second kind (PyTorch's `fully_shard`), on GPUs or CPUs.
 
     The module spreads its own parts: see `LatentDiffusionModule.configure_model`.
@@ -51,7 +51,7 @@ def fsdp2(*, state_dict_type: Literal["full", "sharded"] = "full", timeout_minut
     )
 
 
-def deepspeed(*, stage: int = 2, offload_optimizer: bool = False, timeout_minutes: float = 10) -> SealedDeepSpeed:
+def deepspeed(*, stage: int = 2, offload_optimizer: bool = False, timeout_minutes: float = 30) -> SealedDeepSpeed:
     """DeepSpeed's ZeRO, on GPUs: optimizer state, and from stage 2 gradients too, spread over the processes.
 
     Args:

@@ -54,6 +54,16 @@ def test_a_signal_saves_ends_with_143_and_the_same_command_goes_on(
     assert (run / "result.json").is_file()
 
 
+def test_a_signal_in_the_last_step_stops_before_what_follows_training(ldm: Callable[..., int], folder: Path) -> None:
+    words = [TOY, "model.kill_at=19", "model.signal_number=15"]
+    assert ldm("train", *words) == 143
+    run = only(folder, "runs/toy/*")
+    assert saved_steps(run) == [15, 20]
+    assert not (run / "sum.json").exists(), "what `finish` writes"
+    assert ldm("train", *words) == 0
+    assert (run / "result.json").is_file()
+
+
 def test_a_signal_stops_a_sweep(ldm: Callable[..., int], folder: Path) -> None:
     assert ldm("train", "-m", TOY, "model.kill_at=3", "model.signal_number=15", "seed=1,2") == 143
     assert len(list(folder.glob("runs/toy/*"))) == 1

@@ -64,7 +64,9 @@ def test_no_file_of_a_run_and_no_line_on_the_console_gives_a_secret_away(
 
 
 @pytest.mark.slow
-def test_kill_9_loses_and_doubles_no_row_of_metrics_csv(ldm: Callable[..., int], folder: Path) -> None:
+def test_after_kill_9_the_same_command_goes_on_and_loses_and_doubles_no_row_of_metrics_csv(
+    ldm: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [TOY, "model.seconds_per_step=0.15"]
     assert ldm("train", *words, "run_id=whole") == 0
     command = [sys.executable, "-m", "ldm.cli.main", "train", *CONFIG_DIR, *words, "run_id=killed"]
@@ -76,7 +78,10 @@ def test_kill_9_loses_and_doubles_no_row_of_metrics_csv(ldm: Callable[..., int],
                 time.sleep(0.002)
             training.send_signal(signal.SIGKILL)
         assert not (run / "result.json").exists()
+    capsys.readouterr()
     assert ldm("train", *words, "run_id=killed") == 0
+    assert "going on from runs/toy/killed/checkpoints/step=000000010.ckpt" in capsys.readouterr().out
+    assert (run / "result.json").is_file()
     # The toy's own loader begins anew on resuming: what is compared is that no row is lost or doubled.
     rows = [(folder / "metrics.csv").read_text().splitlines() for folder in (run, run.with_name("whole"))]
     assert [row.partition(",")[0] for row in rows[0]] == [row.partition(",")[0] for row in rows[1]]

@@ -17,6 +17,7 @@ from ldm.nn.weights import read_weights
 from ldm.training.checkpoint_files import read_manifest
 from ldm.training.checkpoint_folders import find, newest_valid
 from ldm.training.checkpoint_io import AtomicCheckpointIO
+from ldm.training.fit import leave_group
 from ldm.training.strategies import fsdp2
 
 HERE = Path(__file__).resolve().parent
@@ -82,8 +83,11 @@ def test_the_finished_weights_are_whole(folder: Path) -> None:
 def test_a_module_that_does_not_spread_its_parts_is_refused_in_one_line(tmp_path: Path) -> None:
     write_colours(tmp_path / "colours")
     data = ShardDataModule(tmp_path / "colours", batch_size=6, resolution=16)
-    with pytest.raises(ValueError, match="expected a module that spreads its parts"):
-        quiet_trainer(max_steps=1, strategy=fsdp2()).fit(autoencoder_module(), data)
+    try:
+        with pytest.raises(ValueError, match="expected a module that spreads its parts"):
+            quiet_trainer(max_steps=1, strategy=fsdp2()).fit(autoencoder_module(), data)
+    finally:
+        leave_group()  # of one process, which is there by then
 
 
 def test_another_kind_of_checkpoint_is_refused() -> None:

@@ -162,21 +162,25 @@ class PostHocEMA(pl.Callback):
                 value.copy_(now[name].data)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        """Writes snapshots of this step, on rank zero, and removes those that are too many."""
+        """Writes snapshots of this step and removes those too many, on rank zero, for which the others wait."""
         self._written = self._step
-        if not trainer.is_global_zero:
-            return
-        with outside_training(trainer), torch.no_grad():
-            for average in self.averages:
-                own = dict(average.module.named_parameters())
-                write_snapshot(
-                    self.folder,
-                    average.module,
-                    profile=Profile(self._step, average.sigma_rel),
-                    averaged={id(own[name]) for name in self._names},
-                    dtype=self.dtype,
-                )
-            self._thin()
+        with outside_training(trainer):
+            if trainer.is_global_zero:
+                self._write_snapshots()
+                self._thin()
+            trainer.strategy.barrier("snapshots are written")
+
+    @torch.no_grad()
+    def _write_snapshots(self) -> None:
+        for average in self.averages:
+            own = dict(average.module.named_parameters())
+            write_snapshot(
+                self.folder,
+                average.module,
+                profile=Profile(self._step, average.sigma_rel),
+                averaged={id(own[name]) for name in self._names},
+                dtype=self.dtype,
+            )
 
     def _thin(self) -> None:
         if self.keep is None:

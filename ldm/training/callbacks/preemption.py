@@ -138,6 +138,16 @@ class StopOnSignal(pl.callbacks.Checkpoint):
         if self._saved:
             raise Stopped
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops behind the last step too, where the end is saved: what follows training may take long.
+
+        Raises:
+            Stopped: a signal asked for it.
+        """
+        self._agree_at = trainer.global_step
+        if self._agreed(trainer):
+            raise Stopped
+
     def put_back(self) -> bool:
         """Requeues the SLURM job that this is, from the first rank, if the signal asks for it; says whether it did."""
         job = os.environ.get("SLURM_JOB_ID")
@@ -152,7 +162,7 @@ class StopOnSignal(pl.callbacks.Checkpoint):
         step, now = trainer.global_step, time.monotonic()
         if step < self._agree_at:
             return False
-        steps, seconds = step - self._agreed_before[0], now - self._agreed_before[1]
+        steps, seconds = max(1, step - self._agreed_before[0]), now - self._agreed_before[1]
         mine = torch.tensor([float(self._asked or 0), seconds / steps], device=trainer.strategy.root_device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         number, seconds_per_step = mine.tolist()

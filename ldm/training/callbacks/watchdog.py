@@ -23,7 +23,7 @@ from ldm.training.ranks import ATTEMPT_VARIABLE, OtherRankFailed, Ranks, attempt
 
 # What all ranks raise together.
 AGREED = (Stopped, RolledBack, Diverged, RanksDisagree)
-# How many times as long as a step what happens outside training may take: pictures, metrics.
+# How many times as long as a step what happens outside training may take: checkpoints, pictures, metrics.
 OUTSIDE = 10
 # Seconds that ranks wait for what the others say, and for the one that says it for all.
 LISTEN_SECONDS, REPORT_SECONDS = 1.0, 5.0
@@ -35,16 +35,18 @@ class Watchdog(pl.Callback):
     """Watches over this process's steps and over the other ranks, from a thread of its own; `fit` starts it.
 
     A rank that raises says so in a file, as in a collective it would wait for ranks that wait for it; the others see
-    that, or that its process is gone, and end too. One reports for all. Where nothing happens for `hang_timeout`
-    seconds, every rank writes the stacks of all its threads to `stacks/rank=N.txt` in the run folder and ends with
-    exit code 1, so that a launcher can start it again; also where a step never gives Python's threads a turn.
+    that, or that its process is gone, and end too. One reports for all. Where nothing happens for too long, every rank
+    writes the stacks of all its threads to `stacks/rank=N.txt` in the run folder and ends with exit code 1, so that a
+    launcher can start it again; also where a step never gives Python's threads a turn.
 
     A step costs a few assignments.
 
     Args:
         folder: of the run; processes on several machines share it.
-        hang_timeout: seconds without a step; pictures and metrics may take 10 times as long. Keep it below the process
-            group's own timeout, which ends a run without saying where it hangs.
+        hang_timeout: seconds without a step; checkpoints, pictures and metrics may take 10 times as long.
+        start_timeout: instead of that, until the first step has ended: processes meet, data are opened, a checkpoint is
+            read, networks are compiled. Keep both below the process group's own timeout, which ends a run without
+            saying where it hangs.
         poll_seconds: between two looks.
 
     Raises:
@@ -52,17 +54,25 @@ class Watchdog(pl.Callback):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, hang_timeout: float = 540.0, poll_seconds: float = 0.5
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        hang_timeout: float = 540.0,
+        start_timeout: float = 1500.0,
+        poll_seconds: float = 0.5,
     ) -> None:
-        for name, seconds in {"hang_timeout": hang_timeout, "poll_seconds": poll_seconds}.items():
+        given = {"hang_timeout": hang_timeout, "start_timeout": start_timeout, "poll_seconds": poll_seconds}
+        for name, seconds in given.items():
             if seconds <= 0:
                 raise ValueError(f"{name}: got {seconds}, expected seconds above 0; leave the callback out instead")
-        self.folder, self.hang_timeout, self.poll_seconds = Path(folder), hang_timeout, poll_seconds
+        self.folder, self.poll_seconds = Path(folder), poll_seconds
+        self.hang_timeout, self.start_timeout = hang_timeout, start_timeout
         self._ranks: Ranks | None = None
         self._launcher: _SubprocessScriptLauncher | None = None
-        self._step = self._beats = 0
-        self._beat_at: float | None = None
-        self._patience = 1
+        self._step = self._batches = self._events = 0
+        self._has_begun = False
+        # One attribute, so that the watching thread never sees half of a change.
+        self._awaited: tuple[float, float] | None = None
         self._answering = self._reported = False
         self._once = threading.Lock()
         self._stacks: IO[str] | None = None
@@ -98,9 +108,13 @@ class Watchdog(pl.Callback):
                 self._ranks.leave()
 
     def follow(self, trainer: pl.Trainer) -> None:
-        """Watches over the ranks of a trainer, before it trains."""
-        if trainer.world_size == 1 or self._ranks is not None:
-            return
+        """Watches over a trainer, and over its ranks, from before it starts."""
+        if trainer.world_size > 1 and self._ranks is None:
+            self._join(trainer)
+        self._has_begun = False
+        self._await(self.start_timeout)
+
+    def _join(self, trainer: pl.Trainer) -> None:
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher) and not attempt_is_named():
             self._launcher = launcher
@@ -113,48 +127,60 @@ class Watchdog(pl.Callback):
     @contextmanager
     def patient(self) -> Iterator[None]:
         """Around what takes longer than a step."""
-        self._patience = OUTSIDE
+        self._await(OUTSIDE * self.hang_timeout)
         try:
             yield
         finally:
-            self._patience = 1
-            self._beat()
+            self._go_on()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there are steps to wait for."""
         self._step = trainer.global_step
-        self._beat()
+        self._go_on()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Counts."""
         self._step = trainer.global_step
-        self._beat()
+        self._batches, self._events = self._batches + 1, 0
+        self._go_on()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Counts."""
-        self._beat()
+        self._has_begun = True
+        self._events += 1
+        self._go_on()
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        """A save may take longer than a step; what comes next ends that."""
+        self._await(OUTSIDE * self.hang_timeout)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Counts."""
-        self._beat()
+        self._events += 1
+        self._go_on()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts."""
-        self._beat()
+        self._events += 1
+        self._go_on()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """There are no more steps to wait for."""
-        self._beat_at = None
+        self._awaited = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tells the other ranks before anything else is done about it."""
-        self._beat_at = None
+        self._awaited = None
         if isinstance(exception, Exception) and not isinstance(exception, AGREED):
             self._tell(exception)
 
-    def _beat(self) -> None:
-        self._beats += 1
-        self._beat_at = time.monotonic()
+    def _go_on(self) -> None:
+        self._await(self.hang_timeout if self._has_begun else self.start_timeout)
+
+    def _await(self, seconds: float) -> None:
+        """Something must happen within so many seconds from now on."""
+        now = time.monotonic()
+        self._awaited = (now, now + seconds)
 
     def _tell(self, error: Exception) -> None:
         self._answering = self._ranks is not None
@@ -180,18 +206,19 @@ class Watchdog(pl.Callback):
 
     def _watch(self, end: threading.Event) -> None:
         while not end.wait(self.poll_seconds):
-            at, limit = self._beat_at, self.hang_timeout * self._patience
-            if at is not None:
-                self._arm(limit)
-                if time.monotonic() - at > limit:
-                    self._end_hanging()
+            awaited = self._awaited
+            if awaited is not None:
+                since, until = awaited
+                self._arm(until - time.monotonic())
+                if time.monotonic() > until:
+                    self._end_hanging(since)
             elif not self._answering:  # what follows training may take as long as it likes
                 faulthandler.cancel_dump_traceback_later()
             ranks = self._ranks
             if ranks is not None and not self._answering:
                 notes = ranks.told()
                 if any("hangs" in note for note in notes.values()):
-                    self._end_hanging()
+                    self._end_hanging(awaited[0] if awaited else time.monotonic())
                 if notes or self._gone():
                     self._end_with_others(ranks, end)
 
@@ -205,23 +232,26 @@ class Watchdog(pl.Callback):
         ranks.wait_for_reporter(REPORT_SECONDS)
         if end.wait(0.2) or self._answering:
             return
+        # This one may be the rank that the failing one waited for.
+        faulthandler.dump_traceback(self._open_stacks(), all_threads=True)
         _exit()
 
-    def _end_hanging(self) -> None:
-        """Ends this process, with its stacks in a file."""
+    def _end_hanging(self, since: float) -> NoReturn:
+        """Ends this process, in which nothing has happened since then, with its stacks in a file."""
         faulthandler.cancel_dump_traceback_later()
         stacks = self._open_stacks()
         faulthandler.dump_traceback(stacks, all_threads=True)
-        seconds = time.monotonic() - (self._beat_at or time.monotonic())
+        seconds = time.monotonic() - since
         if self._ranks is None:
             self._say(f"nothing has happened for {seconds:.0f} s at step {self._step}, in {self._where()}")
             _exit()
         ranks = self._ranks
-        order = [self._beats, self._communicates()]
+        order = [self._batches, self._events, self._communicates()]
         ranks.tell({"hangs": True, "step": self._step, "order": order, "waits": self._where()})
         notes = ranks.wait_for_all(LISTEN_SECONDS + self.poll_seconds)
         if ranks.claim():
-            self._say(f"nothing has happened for {seconds:.0f} s: {_hanging(notes, self._gone(), ranks)}")
+            absent = [] if self._has_begun else ranks.absent()
+            self._say(f"nothing has happened for {seconds:.0f} s: {_hanging(notes, self._gone(), absent, ranks)}")
         else:
             ranks.wait_for_reporter(REPORT_SECONDS)
         _exit()
@@ -266,16 +296,22 @@ class Watchdog(pl.Callback):
         named = next(iter(own or lines), None)
         return "?" if named is None else f"{named.name} ({Path(named.filename).name}:{named.lineno})"
 
-    def _arm(self, limit: float) -> None:
-        """Has the stacks written without Python's help if this thread gets no turn."""
-        faulthandler.dump_traceback_later(limit + 2 * self.poll_seconds + 0.2, exit=True, file=self._open_stacks())
+    def _arm(self, seconds: float) -> None:
+        """Has the stacks written without Python's help if this thread gets no turn for so long."""
+        later = max(seconds, 0) + 2 * self.poll_seconds + 0.2
+        faulthandler.dump_traceback_later(later, exit=True, file=self._open_stacks())
 
     def _open_stacks(self) -> IO[str]:
         if self._stacks is None:
             rank = 0 if self._ranks is None else self._ranks.rank
             path = self.folder / "stacks" / f"rank={rank}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stacks = path.open("w")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists() and path.stat().st_size:  # of the hang that this start follows
+                    path.replace(path.with_suffix(".before.txt"))
+                self._stacks = path.open("w")
+            except OSError:  # a full disk
+                return sys.__stderr__ or sys.stderr
         return self._stacks
 
     def _close_stacks(self) -> None:
@@ -300,8 +336,11 @@ def _place(rank: int, ranks: Ranks, step: int) -> str:
     return f"rank {rank} of {ranks.world_size}, at step {step},"
 
 
-def _hanging(notes: Mapping[int, Mapping[str, Any]], gone: list[int], ranks: Ranks) -> str:
-    """Which rank the others wait for: one that could not even say where it is, or the one that came least far."""
+def _hanging(notes: Mapping[int, Mapping[str, Any]], gone: list[int], absent: list[int], ranks: Ranks) -> str:
+    """Which rank the others wait for: one that never came, or could not even say where it is, or came least far."""
+    if absent:
+        named = ", ".join(map(str, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
+        return f"of {ranks.world_size} ranks {named} never came to this run folder; {_others(notes, absent[0])}"
     if gone:
         return f"rank {gone[0]} of {ranks.world_size} hangs, and gave Python no turn; {_others(notes, gone[0])}"
     behind = min((note for note in notes.values() if "order" in note), key=lambda note: note["order"])

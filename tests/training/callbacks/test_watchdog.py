@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from ldm.training.callbacks import Watchdog
 from ldm.training.callbacks.cadence import outside_training
+from ldm.training.callbacks.watchdog import _hanging
 from ldm.training.ranks import Ranks, alive, attempt, failing_rank, is_consequence, meet_anew
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +28,7 @@ from ldm.training.callbacks import Watchdog
 from tests.faults.bench_child import Child
 
 class Trainer:
-    global_step = 7
+    global_step, world_size = 7, 1
 
 def hangs(dog):
     threading.Thread(target=other, daemon=True).start()
@@ -41,28 +43,39 @@ def holds(dog):
     time.sleep(0.2)
     ctypes.PyDLL(None).sleep(60)
 
+def never_starts(dog):
+    time.sleep(60)
+
 def takes_long(dog):
-    time.sleep(0.8)
+    time.sleep(0.7)
+    dog.on_train_batch_start(Trainer)
+    time.sleep(0.7)
     for _ in range(4):
-        dog.on_train_batch_start(Trainer)
+        dog.on_train_batch_end(Trainer)
         time.sleep(0.2)
     with dog.patient():
-        time.sleep(0.9)
+        time.sleep(0.7)
+    dog.on_save_checkpoint(Trainer, None, {})
+    time.sleep(0.7)
     dog.teardown(Trainer, None, "fit")
-    time.sleep(0.8)
+    time.sleep(1.2)
 
 def watched(scenario, folder):
-    dog = Watchdog(folder, hang_timeout=0.5, poll_seconds=0.05)
+    dog = Watchdog(folder, hang_timeout=0.5, start_timeout=1, poll_seconds=0.05)
     with dog.watching():
+        dog.follow(Trainer)
+        if scenario is not never_starts and scenario is not takes_long:
+            dog.on_train_batch_end(Trainer)
         scenario(dog)
 
-found = {}
-for scenario in (hangs, holds, takes_long):
+def start(scenario):
     folder = Path(sys.argv[1]) / scenario.__name__
     folder.mkdir()
-    outcome = Child(lambda: watched(scenario, folder), folder.parent, {}).wait(20)
-    found[scenario.__name__] = [outcome.code, outcome.text]
-print(json.dumps(found))
+    return Child(lambda: watched(scenario, folder), folder.parent, {})
+
+children = {scenario.__name__: start(scenario) for scenario in (hangs, holds, never_starts, takes_long)}
+outcomes = {name: child.wait(20) for name, child in children.items()}
+print(json.dumps({name: [outcome.code, outcome.text] for name, outcome in outcomes.items()}))
 """
 
 
@@ -96,7 +109,14 @@ def test_a_step_that_gives_python_no_turn_ends_too(ended: tuple[Path, dict[str, 
 
 
 @pytest.mark.slow
-def test_steps_patience_and_the_time_before_and_after_training_are_no_hang(
+def test_a_first_step_that_never_comes_is_a_hang(ended: tuple[Path, dict[str, Any]]) -> None:
+    code, said = ended[1]["never_starts"]
+    assert code == 1
+    assert said.startswith("error: nothing has happened for 1 s at step 0, in never_starts")
+
+
+@pytest.mark.slow
+def test_steps_saves_pictures_a_first_step_and_the_time_after_training_may_take_long(
     ended: tuple[Path, dict[str, Any]],
 ) -> None:
     assert ended[1]["takes_long"] == [0, ""]
@@ -106,12 +126,26 @@ def test_steps_patience_and_the_time_before_and_after_training_are_no_hang(
 def test_pictures_and_metrics_are_outside_training() -> None:
     watchdog = Watchdog("nowhere", hang_timeout=3)
     trainer: Any = pl.Trainer(callbacks=[watchdog], logger=False, enable_checkpointing=False, accelerator="cpu")
+    watchdog.on_train_batch_end(trainer)
+
+    def seconds() -> float:
+        assert watchdog._awaited is not None
+        return round(watchdog._awaited[1] - watchdog._awaited[0])
+
     with outside_training(trainer):
-        assert watchdog._patience == 10
-    assert watchdog._patience == 1
+        assert seconds() == 30
+    assert seconds() == 3
 
 
-@pytest.mark.parametrize("name", ["hang_timeout", "poll_seconds"])
+def test_the_stacks_of_the_hang_before_this_start_are_kept(tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    (stacks / "rank=0.txt").write_text("in all_reduce")
+    Watchdog(tmp_path)._open_stacks().close()
+    assert (stacks / "rank=0.before.txt").read_text() == "in all_reduce"
+
+
+@pytest.mark.parametrize("name", ["hang_timeout", "start_timeout", "poll_seconds"])
 def test_seconds_that_are_none_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got 0, expected seconds above 0"):
         Watchdog("nowhere", **{name: 0})
@@ -157,6 +191,7 @@ def test_a_process_that_is_gone_is_dead_unless_it_left(ranks: Callable[[int], Ra
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     first, second = ranks(0), ranks(1)
+    assert first.absent() == [2]
     second._file("here").write_text(second._file("here").read_text().replace(str(os.getpid()), str(gone.pid)))
     assert first.dead() == [1]
     second.leave()
@@ -173,7 +208,10 @@ def test_a_start_has_one_name_for_all_ranks_and_another_at_each_restart(monkeypa
     for restart in "01":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
         found.append(attempt())
-    assert found == [f"none-{restart}-29500-{os.getppid()}" for restart in "01"]
+    assert found == [f"none-29500-{restart}-{os.getppid()}" for restart in "01"]
+    # On several machines each torchrun counts the restarts of its own ranks.
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert attempt() == "none-29500"
     monkeypatch.setenv("LDM_ATTEMPT", "mine")
     assert attempt() == "mine"
 
@@ -193,6 +231,40 @@ def test_ranks_that_torchrun_starts_again_meet_at_a_new_port(monkeypatch: pytest
     assert ports["0", "0"] == str(agent.port)
     assert ports["0", "1"] == ports["1", "1"] != str(agent.port)
     assert ports["0", "2"] == ports["1", "2"] not in (ports["0", "1"], str(agent.port))
+
+
+@pytest.mark.parametrize(("restarts", "shared", "warned"), [("3", "True", 1), ("0", "True", 0), ("3", "False", 0)])
+def test_torchrun_on_several_machines_is_told_what_restarts_need(
+    restarts: str, shared: str, warned: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    names = {"TORCHELASTIC_USE_AGENT_STORE": shared, "TORCHELASTIC_MAX_RESTARTS": restarts, "RANK": "0"}
+    for name, value in {**names, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    meet_anew()
+    assert len([one for one in recwarn if "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(one.message)]) == warned
+
+
+def test_on_a_full_disk_a_rank_that_fails_keeps_its_own_error(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Nothing can be told; each rank that is asked reports."""
+    first, second = ranks(0), ranks(1)
+    shutil.rmtree(first.folder)
+    first.folder.parent.rmdir()
+    (tmp_path / ".ranks").touch()
+    first.tell({"error": "StorageError: no room", "step": 4})
+    assert [rank.claim() for rank in (first, second)] == [True, True]
+    assert second.told() == {}
+
+
+def test_the_rank_that_the_others_wait_for_is_named(ranks: Callable[[int], Ranks]) -> None:
+    """One that never came, one that gave no turn, or the one that came least far and waits for nobody."""
+    notes = {
+        0: {"rank": 0, "step": 4, "order": [5, 0, True], "waits": "step (a.py:1)"},
+        1: {"rank": 1, "step": 4, "order": [5, 0, False], "waits": "read (b.py:2)"},
+    }
+    whole = _hanging(notes, [], [], ranks(0))
+    assert whole == "rank 1 of 3, at step 4, hangs in read (b.py:2); rank 0 was at step 4, in step (a.py:1)"
+    assert _hanging(notes, [2], [], ranks(0)).startswith("rank 2 of 3 hangs, and gave Python no turn; rank 0 was")
+    assert _hanging(notes, [], [2], ranks(0)).startswith("of 3 ranks 2 never came to this run folder; rank 0 was")
 
 
 def test_an_error_of_one_process_passes_as_it_is(tmp_path: Path) -> None:
