@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,14 @@ class AtomicCheckpointIO(CheckpointIO):
                 break
             except OSError as error:
                 if attempt == self.attempts or error.errno in _FULL:
-                    raise _failure(place, error, needed) from error
+                    raise failure(place, error, needed) from error
                 warnings.warn(f"{place}: {error}; trying again", stacklevel=2)
                 time.sleep(self.wait_seconds * 2 ** (attempt - 1))
         self._remove_doomed()
 
     def _write_once(self, place: Place, parts: Mapping[str, Writer], facts: Mapping[str, Any]) -> None:
-        write(place, parts, facts=facts)
+        with _errors_of_stores(place):
+            write(place, parts, facts=facts)
         try:
             verify(place)
         except Damaged as damage:
@@ -132,6 +134,19 @@ class AtomicCheckpointIO(CheckpointIO):
         return True
 
 
+@contextmanager
+def _errors_of_stores(place: Place) -> Iterator[None]:
+    """Makes an `OSError` of what a remote store raises: each has errors of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if local_path(place) is not None:
+            raise
+        raise OSError(errno.EIO, " ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
 def refuse_options(storage_options: Any) -> None:
     """Refuses options that nothing would read.
 
@@ -152,8 +167,9 @@ def _fingerprint(place: Place) -> object:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _failure(place: Place, error: OSError, needed: int) -> StorageError:
-    reason = error.strerror or str(error)
+def failure(place: Place, error: Exception, needed: int) -> StorageError:
+    """What to raise for a disk that refused a checkpoint of so many bytes."""
+    reason = getattr(error, "strerror", None) or str(error)
     return StorageError(
         f"{Path(str(place)).name}: could not be saved to {str(place).rpartition('/')[0]} ({reason}; it needs "
         f"{in_words(needed)}). Earlier checkpoints are as they were: see to the storage and give the same command again"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from pytorch_lightning.strategies.strategy import Strategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from ldm.training.checkpoint_files import (
+    Damaged,
     Place,
     StorageError,
     local_path,
@@ -29,7 +33,9 @@ from ldm.training.checkpoint_files import (
     temporary_beside,
     verify,
 )
-from ldm.training.checkpoint_parts import STATE, facts_of, refuse_code
+from ldm.training.checkpoint_folders import check_space
+from ldm.training.checkpoint_io import failure
+from ldm.training.checkpoint_parts import STATE, facts_of, num_bytes, refuse_code
 from ldm.training.frozen import drop_frozen, restore_frozen
 
 # What Lightning calls the file beside the shards.
@@ -47,7 +53,7 @@ class SealsShards(Strategy):
         """Saves in shards, or gathered where the strategy is set to; to be called on every rank.
 
         Raises:
-            StorageError: the place is not on a file system of this machine.
+            StorageError: the place is not on a file system of this machine, or the disk refused.
         """
         if not self.saves_shards:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
@@ -58,12 +64,16 @@ class SealsShards(Strategy):
         temporary: Path = self.broadcast(temporary_beside(path))
         facts = facts_of(checkpoint)
         refuse_code({key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")})
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        self.barrier("shards are written")
+        needed = num_bytes(checkpoint)
         if self.is_global_zero:
-            seal(temporary, facts=facts)
-            verify(temporary)
-            put_in_place(temporary, path)
+            check_space(path, needed + needed // 10)
+        with _refused_by_the_disk(path, needed):
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            self.barrier("shards are written")
+            if self.is_global_zero:
+                seal(temporary, facts=facts)
+                verify(temporary)
+                put_in_place(temporary, path)
         self.barrier("shards are in place")
 
     @property
@@ -74,6 +84,20 @@ class SealsShards(Strategy):
         if isinstance(self, ModelParallelStrategy):
             return self._save_distributed_checkpoint
         return bool(getattr(self, "_state_dict_type", None) == "sharded")
+
+
+@contextmanager
+def _refused_by_the_disk(path: Path, needed: int) -> Iterator[None]:
+    """Says in one line what the disk refused, also where torch gathers the errors of all ranks."""
+    try:
+        yield
+    except CheckpointException as found:
+        error = next((one for one, _ in found.failures.values()), found)
+        if not isinstance(error, OSError):
+            raise
+        raise failure(path, error, needed) from error
+    except (OSError, Damaged) as error:
+        raise failure(path, error, needed) from error
 
 
 class SealedFSDP(SealsShards, FSDPStrategy):

@@ -1,17 +1,22 @@
 """Sharded strategies on GPUs go on from their own checkpoints; test_fsdp2.py has what runs on CPUs."""
 
+import errno
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from traceback import StackSummary
+from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
 from tiny_models import latent_diffusion_module, quiet_trainer
+from torch.distributed.checkpoint import CheckpointException
 
-from ldm.training.checkpoint_files import is_valid
+from ldm.training.checkpoint_files import StorageError, is_valid
 from ldm.training.checkpoint_folders import find
 from ldm.training.checkpoint_io import AtomicCheckpointIO
+from ldm.training.checkpoint_sharded import SealsShards
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.strategies import deepspeed, fsdp, fsdp2
 
@@ -50,6 +55,36 @@ def test_a_strategy_goes_on_from_its_own_checkpoint(name: str, tmp_path: Path, m
     for name, value in straight.items():
         torch.testing.assert_close(resumed[name], value)
     assert all(is_valid(place) for place in find(tmp_path / "straight"))
+
+
+class FullDisk(SingleDeviceStrategy):
+    """Saves nothing."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def save_checkpoint(self, *_: Any, **__: Any) -> None:
+        raise self.error
+
+
+class ShardsOnAFullDisk(SealsShards, FullDisk):
+    saves_shards = True
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, CheckpointException("save", {1: (FULL, StackSummary())})], ids=["own", "all"])
+def test_a_disk_that_takes_no_shard_is_one_line(error: BaseException, tmp_path: Path) -> None:
+    """Also where torch gathers the errors of all ranks, in an exception that nobody else catches."""
+    place, line = (
+        tmp_path / "step=2.ckpt",
+        r"step=2\.ckpt: could not be saved to .* \(No space left on device; it needs",
+    )
+    with pytest.raises(StorageError, match=rf"{line} 40 bytes\)"):
+        ShardsOnAFullDisk(error).save_checkpoint({"global_step": 2, "state_dict": {"w": torch.zeros(10)}}, place)
+    assert find(tmp_path) == []
 
 
 def test_a_stage_that_the_average_cannot_follow_is_refused() -> None:

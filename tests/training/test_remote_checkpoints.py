@@ -9,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ldm.training.checkpoint_files import MANIFEST, StorageError, is_valid, write
 from ldm.training.checkpoint_folders import SET_ASIDE, check_writable, find, newest_valid, prune, set_aside, sweep
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 
 STORE = "memory://bucket/run"
 
@@ -82,3 +83,30 @@ def test_a_store_that_refuses_is_found_before_training(monkeypatch: pytest.Monke
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
     with pytest.raises(StorageError, match=r"got PermissionError: 403 Forbidden, expected .* see to its credentials"):
         check_writable(STORE)
+
+
+class HttpError(Exception):
+    """What stores raise that know no `OSError`."""
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_an_upload_that_fails_is_tried_again_and_then_said_in_one_line(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, opened = [None] * failures, MemoryFileSystem.open
+
+    def refuse(self: Any, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "wb" and left:
+            left.pop()
+            raise HttpError("503\nslow down")
+        return opened(self, path, mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "open", refuse)
+    io, place = AtomicCheckpointIO(attempts=2, wait_seconds=0), f"{STORE}/step=000000001.ckpt"
+    with pytest.warns(UserWarning, match="HttpError: 503 slow down; trying again"):
+        if failures == 1:
+            io.save_checkpoint({"global_step": 1}, place)
+        else:
+            with pytest.raises(StorageError, match=r"could not be saved to .* \(HttpError: 503 slow down; it needs 0"):
+                io.save_checkpoint({"global_step": 1}, place)
+    assert len(find(STORE)) == 2 - failures
