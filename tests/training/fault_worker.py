@@ -25,6 +25,7 @@ from ldm.training.checkpoint_folders import newest_valid
 from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.fit import Preempted, fit, leave_group
+from ldm.training.loggers import MetricsCSV
 
 STEPS = 12
 PATIENT: dict[str, Any] = {"policy": "rollback", "patience": 2, "read_every": 2}
@@ -67,6 +68,8 @@ def train(model: pl.LightningModule, folder: Path, *, colours: Path, **guard: An
             devices=2,
             plugins=[AtomicCheckpointIO()],
             limit_val_batches=0,
+            log_every_n_steps=1,
+            logger=logger,
             enable_checkpointing=True,
         )
 
@@ -74,7 +77,8 @@ def train(model: pl.LightningModule, folder: Path, *, colours: Path, **guard: An
     data = ShardDataModule(colours, colours, batch_size=6, resolution=16, seed=3)
     checkpoint = newest_valid(folder / "checkpoints")
     try:
-        fit(trainer, model, data=data, config={}, callbacks=callbacks, loggers=[], checkpoint=checkpoint)
+        loggers = [MetricsCSV(folder)]
+        fit(trainer, model, data=data, config={}, callbacks=callbacks, loggers=loggers, checkpoint=checkpoint)
     except Preempted as stop:
         return int(stop.number)
     return 0
@@ -90,6 +94,13 @@ def main() -> None:
         "rollback": lambda: (broken_on_one_rank(make(), range(9, 11)), "rollback", PATIENT),
         "stopped": lambda: (signalled_on_one_rank(make(), 2), "stopped", {}),
         "resumed": lambda: (make(), "stopped", {}),
+        "autoencoder clean": lambda: (tiny_models.autoencoder_module(), "autoencoder clean", {}),
+        "autoencoder stopped": lambda: (
+            signalled_on_one_rank(tiny_models.autoencoder_module(), 2),
+            "autoencoder stopped",
+            {},
+        ),
+        "autoencoder resumed": lambda: (tiny_models.autoencoder_module(), "autoencoder stopped", {}),
     }
     for scenario in scenarios:
         model, name, guard = runs[scenario]()

@@ -14,6 +14,7 @@ from tiny_models import write_colours
 from torch.testing import assert_close
 
 from ldm.training.callbacks.preemption import AGREE_EVERY
+from ldm.training.checkpoint_parts import read
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_colours(folder / "colours")
     paths = os.pathsep.join([os.fspath(HERE.parents[1]), os.fspath(HERE)])
     scenarios = ["clean", "broken", "rollback", "stopped", "resumed"]
+    scenarios += [f"autoencoder {scenario}" for scenario in ("clean", "stopped", "resumed")]
     finished = subprocess.run(
         [sys.executable, os.fspath(HERE / "fault_worker.py"), os.fspath(folder), *scenarios],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -54,9 +56,14 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step_within_moments(folder: 
     assert (folder / "stopped" / "checkpoints" / f"step={first['step']:09d}.ckpt").exists()
 
 
-def test_the_stopped_run_goes_on_bit_for_bit(folder: Path) -> None:
-    for resumed, clean in zip(results(folder, "resumed"), results(folder, "clean"), strict=True):
+@pytest.mark.parametrize("model", ["", "autoencoder "])
+def test_the_stopped_run_goes_on_bit_for_bit_with_the_same_metrics(model: str, folder: Path) -> None:
+    for resumed, clean in zip(results(folder, f"{model}resumed"), results(folder, f"{model}clean"), strict=True):
         assert_close(resumed["weights"], clean["weights"], rtol=0, atol=0)
+    stopped, whole = (folder / f"{model}{name}" for name in ("stopped", "clean"))
+    assert (stopped / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    first, second = (read(run / "checkpoints" / "step=000000012.ckpt")["optimizer_states"] for run in (stopped, whole))
+    assert_close(first, second, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_not_a_number_on_one_rank_is_left_out_on_both_and_written_once(folder: Path) -> None:

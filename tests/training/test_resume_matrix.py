@@ -59,8 +59,14 @@ class Draws(pl.Callback):
 
 def train(kind: str, folder: Path, *, colours: Path, kill: tuple[str, int] | None = None, **options: Any) -> None:
     """Twelve batches, on from the newest checkpoint; four are an epoch."""
-    data_options = {"batch_size": 6, "resolution": 16, "seed": 3, "num_workers": options.pop("workers", 0)}
+    data_options = {"batch_size": 6, "resolution": 16, "seed": 3, "num_workers": options.pop("num_workers", 0)}
+    data_options["workers"] = options.pop("workers", "threads")
     every, dropout = options.pop("every", 3), options.pop("dropout", False)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if options.pop("float16", False):
+        # Small enough for no overflow and growing on the way: the scale is state, too.
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=3)
+        plugins.append(pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler))
     module = MODULES[kind]()
     module.register_buffer("drawn", torch.zeros(3, dtype=torch.float64))
     if dropout:
@@ -72,7 +78,6 @@ def train(kind: str, folder: Path, *, colours: Path, kill: tuple[str, int] | Non
         if kill:
             callbacks = [*callbacks, KillAt(*kill)]
         rest = {"enable_checkpointing": True, "log_every_n_steps": 1, "check_val_every_n_epoch": None}
-        plugins = [AtomicCheckpointIO()]
         validation = {"val_check_interval": 5}
         merged = {"max_steps": 12, **rest, **validation, **options}
         return tiny_models.quiet_trainer(callbacks=callbacks, logger=logger, plugins=plugins, **merged)
@@ -137,6 +142,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 ACCUMULATED = {"accumulate_grad_batches": 2, "max_steps": 6, "every": 2}
 WHILE_SAVED = {"every": 5}
+# Without a validation, whose idle workers somebody would have to wait for.
+PROCESSES = {"workers": "processes", "limit_val_batches": 0}
 SLOW = pytest.mark.slow
 BEGIN, STEP, SAVED, VALIDATION, EPOCH = (
     "on_train_batch_start",
@@ -163,12 +170,15 @@ BEGIN, STEP, SAVED, VALIDATION, EPOCH = (
         ("ldm", (SAVED, 4), ACCUMULATED),
         ("ldm", (BEGIN, 8), {"dropout": True}),
         ("ldm", (STEP, 8), {"precision": "bf16-mixed"}),
-        pytest.param("ldm", (STEP, 8), {"workers": 1}, marks=SLOW),
-        pytest.param("ldm", (SAVED, 9), {"workers": 2}, marks=SLOW),
+        ("ldm", (STEP, 8), {"float16": True}),
+        ("ldm", (STEP, 8), {"num_workers": 1}),
+        ("ldm", (SAVED, 9), {"num_workers": 2, **PROCESSES}),
         ("kl", (STEP, 7), {}),
         ("kl", (SAVED, 6), {}),
         ("kl", (VALIDATION, 2), WHILE_SAVED),
         pytest.param("kl", (STEP, 8), {"precision": "bf16-mixed"}, marks=SLOW),
+        ("kl", (STEP, 8), {"num_workers": 2}),
+        ("kl", (SAVED, 9), {"num_workers": 1, **PROCESSES}),
         ("vq", (BEGIN, 8), {}),
         ("vq", (SAVED, 5), WHILE_SAVED),
     ],
