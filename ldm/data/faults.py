@@ -92,7 +92,7 @@ def header_faults(path: Path) -> tuple[ShardIndex | None, list[Fault]]:
     faults: list[Fault] = []
     try:
         entries = list(scan_entries(path))
-        if not _has_end_marker(path):
+        if not has_end_marker(path):
             faults.append(Fault(str(path), "", "no_end_marker", "got no end marker, expected 1024 bytes of zeros"))
     except BrokenTarError as error:
         return None, [Fault(str(path), "", error.kind, _reason(error, path))]
@@ -174,7 +174,8 @@ def _sample_faults(path: Path, index: ShardIndex) -> list[Fault]:
     return faults
 
 
-def _has_end_marker(path: Path) -> bool:
+def has_end_marker(path: Path) -> bool:
+    """Say whether a tar ends as one does: with 1024 bytes of zeros."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - END_MARKER))
         tail = stream.read(END_MARKER)

@@ -131,9 +131,9 @@ class Ledger:
 
 
 def _counts(row: dict[str, Any]) -> bool:
-    """Say whether a line is of something bad in training, and not of a shard that was left out of the index."""
-    left_out = row["position"] is None and KINDS[row["kind"]].outcome == "refused"
-    return row["split"] == "train" and not left_out
+    """Say whether a line is of something bad in training: not of a shard left out of the index, or read as it is."""
+    of_a_shard = row["position"] is None and KINDS[row["kind"]].outcome in ("refused", "converted")
+    return row["split"] == "train" and not of_a_shard
 
 
 def _base(num_read: int, num_samples: int) -> int:

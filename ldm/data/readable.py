@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldm.data.faults import Fault
+from ldm.data.faults import Fault, has_end_marker
 from ldm.data.index_file import open_index, read_index
 from ldm.data.shards import (
     IMAGE_SUFFIXES,
@@ -71,7 +71,8 @@ def open_whole_samples(path: Path) -> tuple[ShardIndex, list[Fault]]:
     if kept is not None:
         return kept, []
     try:
-        return open_index(path), []
+        index = open_index(path)
+        return (index, []) if has_end_marker(path) else _without_its_end(index)
     except BrokenTarError as error:
         if error.kind != "truncated_tar":
             raise
@@ -80,6 +81,20 @@ def open_whole_samples(path: Path) -> tuple[ShardIndex, list[Fault]]:
             raise
         reason = f"{str(error).removeprefix(f'{path}: ')}; {len(index)} samples before the cut are read"
         return index, [Fault(str(path), "", "truncated_tar", reason)]
+
+
+def _without_its_end(index: ShardIndex) -> tuple[ShardIndex, list[Fault]]:
+    """Return the index of a tar that has no end, and the fault that tells so.
+
+    A cut between two members leaves no other trace: where the last sample lacks what all others have, it is left out.
+    """
+    is_part = len(index) > 1 and bool(((index.sizes[-1] < 0) & (index.sizes[:-1] >= 0).all(0)).any())
+    reason = "got no end marker, expected 1024 bytes of zeros"
+    if not is_part:
+        return index, [Fault(str(index.path), "", "no_end_marker", reason)]
+    index, cut = index.select(np.arange(len(index) - 1)), index.keys[-1]
+    reason = f"{reason}: cut off within {cut}; {len(index)} samples before the cut are read"
+    return index, [Fault(str(index.path), "", "truncated_tar", reason)]
 
 
 def drop_without_payload(shard: ShardIndex) -> tuple[ShardIndex, list[Fault]]:
