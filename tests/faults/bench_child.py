@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +25,19 @@ TWO_RANKS = ("strategy=ddp", "trainer.devices=2")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: its exit code (negative for a signal), what it printed, and how long it took."""
+    """How a process ended.
+
+    Args:
+        code: its exit code, negative for a signal.
+        text: what it printed.
+        seconds: how long it took; of several ranks, until the last of them was gone.
+        left: processes that outlived it and did not end by themselves.
+    """
 
     code: int
     text: str
     seconds: float
+    left: int = 0
 
     def line(self, beginning: str) -> str:
         """The first line that holds these words, or nothing."""
@@ -182,11 +190,14 @@ class Ranked:
             options: dict[str, Any] = {"cwd": folder, "env": environment, "stdout": file, "stderr": file}
             self.process = subprocess.Popen(command, start_new_session=True, **options)
 
-    def wait(self, seconds: float = 150) -> Outcome:
-        """Waits for its end and ends what it leaves behind; one that takes longer is killed, which shows as -9."""
+    def wait(self, seconds: float = 150, *, linger: float = 15) -> Outcome:
+        """Waits for its end and for that of what it started; what takes longer is killed, and shows: -9, or `left`."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds * slowness())
-        took, is_late = time.monotonic() - self.started, self.process.poll() is None
+        is_late = self.process.poll() is None
+        if not is_late:
+            wait_until(lambda: not members(self.process.pid), linger * slowness())
+        took, left = time.monotonic() - self.started, 0 if is_late else len(members(self.process.pid))
         if is_late:
             # torchrun's ranks are in groups of their own, and end with it only if it is asked.
             self.process.terminate()
@@ -196,7 +207,7 @@ class Ranked:
             os.killpg(self.process.pid, signal.SIGKILL)
         code = -signal.SIGKILL if is_late else self.process.wait()
         self.process.wait()
-        return Outcome(code, self.output.read_text(errors="replace"), took)
+        return Outcome(code, self.output.read_text(errors="replace"), took, left)
 
 
 def checkpoints(run: Path) -> list[int]:
@@ -254,6 +265,25 @@ def runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    return [process for process, state in _processes() if state[2] == str(group)]
+
+
+def children(process: int) -> list[int]:
+    """Living processes that another one started."""
+    return [child for child, state in _processes() if state[1] == str(process)]
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    """Each living process and what the system says of it: its state, its parent, its group ..."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state = path.read_text().rpartition(")")[2].split()
+            if state[0] not in ("Z", "X"):
+                yield int(path.parent.name), state
 
 
 def slowness() -> float:

@@ -31,7 +31,7 @@ class Fault(pl.Callback):
         rank: on which, or None for all.
         once: a file that is written first; where it is there already, nothing happens.
         pace: seconds that every step waits.
-        where: "training" or "validation".
+        where: "training", "validation" or "start", which is before the first step.
     """
 
     def __init__(
@@ -46,6 +46,10 @@ class Fault(pl.Callback):
     ) -> None:
         self.kind, self.at, self.rank, self.pace, self.where = kind, at, rank, pace, where
         self.once = None if once is None else Path(once)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.where == "start":
+            self._come(trainer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         time.sleep(self.pace)

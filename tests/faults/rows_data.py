@@ -54,7 +54,7 @@ def twice(setting: Setting, folder: Path, *words: str) -> tuple[Outcome, bool, l
 
 @row(
     15,
-    "a shard is cut off: before the run, and while it runs",
+    "a shard is cut off: inside a member, a header or a sample, and while it is read",
     must_hold="no sample in part; what is gone is counted and another stands in for it, the same one in every run",
     stock="the sample inside the cut passes as a good one, in part",
 )
@@ -65,15 +65,50 @@ def cut_off(setting: Setting) -> Result:
     os.truncate(path, path.stat().st_size // 2 + 700)
     outcome, same, lines = twice(setting, folder, TOLERANT)
     counted = [line["kind"] for line in lines] == ["truncated_tar"] and "samples before the cut" in lines[0]["reason"]
+    whole = shard(setting.folder / "whole", [sample(f"w{i:02d}") for i in range(8)]) / "00000.tar"
+    parts = {name: setting.call(lambda place=place: read_up_to(whole, place)) for name, place in cuts(whole).items()}
+    in_part = [name for name, read in parts.items() if set(read["captions"]) != {"red"} or not read["faults"]]
     live = shard(setting.folder / "live", [sample(f"s{i:02d}") for i in range(24)])
     child = setting.start(*setting.words("run_id=live", f"data.train={live}", TOLERANT, "callback.fault.pace=0.05"))
     child.until(lambda: steps_seen(setting.run_of("live")))
     os.truncate(live / "00000.tar", (live / "00000.tar").stat().st_size // 2)
     while_running, gone = child.wait(), ledger(setting.run_of("live"))
     named = len(gone) > 3 and all(line["key"] and line["shard"].endswith("00000.tar") for line in gone)
-    held = outcome.code == 0 and same and counted and while_running.code == 0 and named
-    figure = f"cut before: {len(lines)} line, runs equal {same}; while running: {len(gone)} samples replaced and named"
-    return Result(held, figure, {"said": outcome.text[-600:], "running": while_running.text[-600:], "lines": lines})
+    held = outcome.code == 0 and same and counted and while_running.code == 0 and named and not in_part
+    figure = (
+        f"cut before: {len(lines)} line, runs equal {same}, {len(in_part)} of {len(parts)} cuts left a part; while "
+        f"running: {len(gone)} samples replaced and named"
+    )
+    details = {"said": outcome.text[-600:], "running": while_running.text[-600:], "lines": lines, "cuts": parts}
+    return Result(held, figure, details)
+
+
+def cuts(path: Path) -> dict[str, int]:
+    """Places to cut a shard at, whose samples have a picture, a caption and a json each."""
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    picture, caption, json_member = members[15:18]
+    return {
+        "inside a picture": picture.offset_data + picture.size // 2,
+        "between picture and caption": caption.offset,
+        "inside a header": caption.offset + 200,
+        "between caption and json": json_member.offset,
+        "behind a sample": members[18].offset,
+    }
+
+
+def read_up_to(path: Path, place: int) -> dict[str, Any]:
+    """The captions that are read of a shard that is cut there, and what is said to be wrong with it."""
+    from ldm.data import ShardDataModule
+
+    folder = path.parent / f"cut-{place}"
+    folder.mkdir()
+    (folder / path.name).write_bytes(path.read_bytes()[:place])
+    data = ShardDataModule(folder, folder, batch_size=1, resolution=16, max_bad_fraction=1.0)
+    captions = [caption for batch in data.iterate_once("validation", 1) for caption in batch["caption"]]
+    return {"captions": captions, "faults": [line["kind"] for line in data.ledger.lines.values()]}
 
 
 @row(

@@ -13,11 +13,13 @@ from tests.faults.bench_child import (
     Outcome,
     Setting,
     checkpoints,
+    children,
     difference,
     in_time,
     num_tracebacks,
     runs,
     same_metrics,
+    slowness,
     steps_seen,
 )
 from tests.faults.bench_row import Result, row, shares
@@ -174,9 +176,8 @@ def a_rank_killed(setting: Setting) -> Result:
     for rank in (1,) if setting.quick else (0, 1):
         ended, seconds = fault_on_a_rank(setting, f"rank{rank}", words[0], f"callback.fault.rank={rank}")
         details[f"rank {rank}"] = [ended.code, seconds, ended.errors]
-        # The message of a rank that outlives rank 0, which started it, may come behind rank 0's end.
-        messages = len(ended.errors) if rank else 1
-        held &= ended.code != 0 and messages == 1 and not num_tracebacks(ended.text)
+        said = len(ended.errors) == 1 and f"rank {rank} of 2 ended without a word" in ended.errors[0]
+        held &= ended.code != 0 and said and not ended.left and not num_tracebacks(ended.text)
     prompt, within = in_time(max(value[1] for name, value in details.items() if name != "torchrun"), 10)
     figure = f"restarted and done in {took:.0f} s, difference {max(apart):g}; else all ended within {within}"
     return Result(held and prompt, figure, details)
@@ -194,7 +195,7 @@ def a_rank_raises(setting: Setting) -> Result:
         words = ("callback.fault.kind=raise", f"callback.fault.rank={rank}")
         outcome, seconds = fault_on_a_rank(setting, f"rank{rank}", *words)
         said = f"rank {rank} of 2, at step 6, failed; rank {1 - rank} was at step 6"
-        held &= outcome.code == 1 and num_tracebacks(outcome.text) == 1 and said in outcome.text
+        held &= outcome.code == 1 and num_tracebacks(outcome.text) == 1 and said in outcome.text and not outcome.left
         details[f"rank {rank}"] = [outcome.code, round(seconds, 1), num_tracebacks(outcome.text)]
     prompt, within = in_time(max(value[1] for value in details.values()), 5)
     return Result(held and prompt, f"all ended within {within}, one traceback", details)
@@ -202,7 +203,7 @@ def a_rank_raises(setting: Setting) -> Result:
 
 @row(
     13,
-    "rank 1 hangs, also without giving Python a turn; so does a single process",
+    "rank 1 hangs, also without giving Python a turn, or before the first step; so does a single process",
     must_hold="stacks of all threads in the run folder and the end, `hang_timeout` seconds later; one message",
     stock="the process group's timeout: 40 s of 40 s, 30 min by default; no stacks",
 )
@@ -213,15 +214,31 @@ def a_rank_hangs(setting: Setting) -> Result:
         outcome, seconds = fault_on_a_rank(setting, kind, *words)
         stacks = [path.read_text() for path in sorted((setting.run_of(kind) / "stacks").glob("rank=*.txt"))]
         held &= outcome.code == 1 and len(stacks) == 2 and "_strike" in stacks[1]
-        held &= len(outcome.errors) == 1 and "rank 1 of 2" in outcome.errors[0].split(";")[0]
+        held &= len(outcome.errors) == 1 and "rank 1 of 2" in outcome.errors[0].split(";")[0] and not outcome.left
         details[kind] = [round(seconds, 1), outcome.errors]
-    single = setting.train(
-        "run_id=single", "callback.fault.kind=hang", "callback.fault.at=6", f"callback.watchdog.hang_timeout={timeout}"
-    )
-    held &= single.code == 1 and len(single.errors) == 1 and "in _strike (faulty.py" in single.errors[0]
-    prompt, within = in_time(max(value[0] for value in details.values()) - timeout, 6)
+    hang = ("callback.fault.kind=hang", f"callback.watchdog.hang_timeout={timeout}")
+    at_start = ("+callback.fault.where=start", f"callback.watchdog.start_timeout={timeout}")
+    for name, at, words in (("single", 6, ()), ("start", 0, at_start)):
+        single = setting.train(f"run_id={name}", f"callback.fault.at={at}", *hang, *words)
+        said = f"at step {at}, in _strike (faulty.py"
+        held &= single.code == 1 and len(single.errors) == 1 and said in single.errors[0]
+    if not setting.quick:
+        held &= _hangs_before_the_first_step(setting, hang, details)
+    prompt, within = in_time(max(value[0] for name, value in details.items() if name != "start") - timeout, 6)
     figure = f"hang_timeout={timeout} s, and then ended within {within}, stacks of both ranks"
     return Result(held and prompt, figure, details)
+
+
+def _hangs_before_the_first_step(setting: Setting, hang: tuple[str, ...], details: dict[str, Any]) -> bool:
+    """Whether two ranks, of which one never comes to its first step, end with one message and stacks."""
+    # From the launch of the second rank on, which imports everything.
+    limit = f"callback.watchdog.start_timeout={30 * slowness():.0f}"
+    words = ("callback.fault.at=0", "callback.fault.rank=1", "+callback.fault.where=start", limit)
+    outcome = setting.ranks("run_id=start-two", *hang, *words)
+    stacks = setting.run_of("start-two") / "stacks" / "rank=1.txt"
+    details["start"] = [round(outcome.seconds, 1), outcome.errors]
+    one = len(outcome.errors) == 1 and "rank 1 of 2, at step 0, hangs in _strike" in outcome.errors[0]
+    return outcome.code == 1 and one and stacks.is_file() and "_strike" in stacks.read_text() and not outcome.left
 
 
 @row(
@@ -244,8 +261,10 @@ def a_worker_killed(setting: Setting) -> Result:
             killed += 1
     outcome = child.wait()
     apart = difference(run, clean) if outcome.code == 0 else float("inf")
+    again = outcome.text.count("start again, time")
+    held = outcome.code == 0 and apart == 0 and killed == again == 2
     if setting.quick:
-        return Result(outcome.code == 0 and apart == 0 and killed == 2, f"{killed} killed: difference {apart:g}")
+        return Result(held, f"{killed} killed: difference {apart:g}")
     often = setting.start(
         *setting.words("run_id=often", "data.num_workers=1", "data.workers=processes", "trainer.max_steps=900")
     )
@@ -259,22 +278,9 @@ def a_worker_killed(setting: Setting) -> Result:
         time.sleep(0.3)
     gave_up = often.wait()
     said = "worker" in gave_up.text.splitlines()[-1] and gave_up.text.count("start again, time") == 3
-    held = outcome.code == 0 and apart == 0 and killed == 2 and gave_up.code == 1 and said
+    held &= gave_up.code == 1 and said
     figure = (
         f"{killed} workers killed: exit {outcome.code}, difference {apart:g}; {num_killed} more, one after the "
         f"other: exit {gave_up.code}"
     )
     return Result(held, figure, {"said": outcome.text[-800:], "gave_up": gave_up.text[-800:]})
-
-
-def children(process: int) -> list[int]:
-    """Living child processes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == process and fields[0] not in ("Z", "X"):
-            found.append(int(path.parent.name))
-    return found

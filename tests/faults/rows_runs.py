@@ -124,6 +124,7 @@ def loggers_down(setting: Setting) -> Result:
     table.mkdir()
     unwritable = csv_gone.wait()
     goes_on &= unwritable.code == 0 and difference(setting.run_of("csv"), clean) == 0
+    warned &= unwritable.text.count("it logs no more, training goes on") == 1
     setting.train("run_id=killed", "callback.fault.kind=SIGKILL", "callback.fault.at=10")
     before = rows_of(setting.run_of("killed"))
     setting.train("run_id=killed")

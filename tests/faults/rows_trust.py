@@ -7,10 +7,11 @@ import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.faults.bench_child import Outcome, Setting, in_time, steps_seen
+from tests.faults.bench_child import Outcome, Setting, in_time, steps_seen, wait_until
 from tests.faults.bench_row import Result, row, shares
 from tests.faults.rows_data import TOLERANT, sample, shard
 
@@ -50,7 +51,7 @@ def payloads(marker: Path) -> Iterator[tuple[str, Any]]:
     yield "exec", Calls(exec, code)
     yield "Popen", Calls(subprocess.Popen, ["touch", str(marker)])
     yield "Path.touch", Calls(Path.touch, marker)
-    yield "partial", Calls(functools.partial, os.system, shell)
+    yield "partial", Calls(functools.partial(os.system, shell))
     yield "with state", BuildsWith(eval, code)
     yield "nested", {"state_dict": {"a": [torch.zeros(2), ({"b": Calls(os.system, shell)},)]}}
     yield "open", Calls(open, str(marker), "w")
@@ -88,6 +89,17 @@ def hostile_files(folder: Path, marker: Path) -> Iterator[tuple[str, Path]]:
         yield f"{name}, ours", ours
 
 
+def num_armed(marker: Path) -> int:
+    """How many of the payloads do create the file when nothing guards their unpickling."""
+    armed = 0
+    for _, payload in payloads(marker):
+        with suppress(Exception):  # some fail once they have run
+            pickle.loads(pickle.dumps(payload))
+        armed += wait_until(marker.exists, 2)
+        marker.unlink(missing_ok=True)
+    return armed
+
+
 @row(
     24,
     "checkpoints whose unpickling runs code",
@@ -113,16 +125,17 @@ def hostile_checkpoints(setting: Setting) -> Result:
                 opened.append(f"{name} by {getattr(way, '__name__', 'load')}")
         return {"tried": tried, "opened": opened, "ran": marker.exists()}
 
-    found = setting.call(inject)
+    found, armed = setting.call(inject), setting.call(lambda: num_armed(setting.folder / "control"))
     first = next(hostile_files(setting.folder / "more", marker))[1]
     ways = [["sample", f"checkpoint={first}", "prompt=x", "device=cpu"], setting.words(f"resume={first}", "run_id=x")]
     outcomes = [setting.ldm(*words) for words in ways]
     refused = [one.code for one in outcomes]
     found["said"] = [one.text[-1200:] for one in outcomes]
     executed = int(found["ran"] or marker.exists())
-    held = executed == 0 and not found["opened"] and all(code == 2 for code in refused)
+    held = executed == 0 and not found["opened"] and all(code == 2 for code in refused) and armed == 11
     figure = (
-        f"{executed} executed of {found['tried']} (11 payloads, 4 files, 4 ways in); commands refuse with {refused}"
+        f"{executed} executed of {found['tried']} ({armed} of 11 payloads proven, 4 files, 4 ways in); commands refuse "
+        f"with {refused}"
     )
     return Result(held, figure, found)
 
@@ -136,8 +149,9 @@ def hostile_checkpoints(setting: Setting) -> Result:
 def hostile_shards(setting: Setting) -> Result:
     import fault_shards
 
-    marker = setting.folder / "owned"
+    marker, control = setting.folder / "owned", setting.folder / "control"
     evil = pickle.dumps(fault_shards.Touches(marker))
+    pickle.loads(pickle.dumps(fault_shards.Touches(control)))
     samples = [sample(f"s{i:02d}") for i in range(22)]
     samples += [[*sample("code"), *((f"code.{end}", evil) for end in ("pyd", "pkl", "pickle", "pth", "pt", "py"))]]
     samples += [sample("../../../up")]
@@ -157,6 +171,7 @@ def hostile_shards(setting: Setting) -> Result:
     executed = int(marker.exists())
     followed = sum(SECRET in caption for caption in linked)
     held = executed == 0 and not outside and all(code in (1, 2) for code in refused) and trained.code == 0
+    held &= control.exists()
     held &= followed == 0 and linked.count("red") == 3
     figure = (
         f"{executed} executed, {len(outside)} files outside, {followed} links followed; trained on what is sound: exit "
@@ -208,6 +223,7 @@ HOSTILE_TARGETS = (
         "hydra.utils.instantiate",
         "webbrowser.open",
     ),
+    *("ldm.training.trial.subprocess.Popen", "ldm.cli.job.os.system", "torchmetrics.multimodal.CLIPScore"),
 )
 
 
@@ -232,14 +248,16 @@ def hostile_configs(setting: Setting) -> Result:
             shapes = {
                 "plain": {"model": node},
                 "deep": {"model": {"_target_": "torch.nn.Identity", "a": [{"b": node}]}},
+                "made": {"model": {"_target_": "torch.nn.Identity", "a": f"${{oc.create:{{_target_: {target}}}}}"}},
             }
             for name, config in shapes.items():
                 path = setting.folder / f"{number}-{name}.safetensors"
                 save_weights(path, {"x": torch.zeros(1)}, target="ldm.training.LatentDiffusionModule", config=config)
                 try:
                     ldm.load(path, device="cpu")
-                except ValueError:
-                    continue
+                except ValueError as error:
+                    if "got a config " in str(error):
+                        continue
                 opened.append(f"{target} {name}")
         return opened
 
@@ -249,7 +267,7 @@ def hostile_configs(setting: Setting) -> Result:
     leaks = [path.name for path in (setting.folder / "runs").rglob("*") if path.is_file() and secret in _text(path)]
     written = (setting.run_of("x") / "config.yaml").exists()
     held = not opened and not marker.exists() and not leaks and written
-    tried = 2 * (len(HOSTILE_TARGETS) + 2)
+    tried = 3 * (len(HOSTILE_TARGETS) + 2)
     return Result(held, f"{int(marker.exists())} executed of {tried}, secret in {len(leaks)} files", {"opened": opened})
 
 
