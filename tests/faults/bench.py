@@ -63,7 +63,10 @@ def write(path: Path, found: Sequence[dict[str, Any]], known: Iterable[int]) -> 
         "versions": versions(),
         "rows": rows,
     }
-    path.write_text(json.dumps(summary, indent=1, default=str).replace(f"{sys.prefix}/", "") + "\n")
+    text = json.dumps(summary, indent=1, default=str)
+    for place in (sys.prefix, str(Path.cwd())):  # which say nothing to another reader
+        text = text.replace(f"{place}/", "")
+    path.write_text(text + "\n")
     path.with_suffix(".md").write_text(table(summary))
 
 
