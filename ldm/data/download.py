@@ -101,6 +101,25 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def matching(pattern: str) -> list[str]:
+    """Return the URLs that a pattern with asterisks names, sorted.
+
+    Raises PermissionError where they may not be listed, UnreachableError for whatever else is wrong.
+    """
+    filesystem, path = open_filesystem(pattern)
+    try:
+        return [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(path))]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # the data's edge: every file system has errors of its own
+        if _is_forbidden(error):
+            raise PermissionError(f"{pattern}: got {error}, expected files that may be listed") from error
+        raise UnreachableError(
+            f"{pattern}: {type(error).__name__}: {error}; expected files that can be listed; name them one by one, as "
+            "in {00000..00099}.tar"
+        ) from error
+
+
 def download(
     url: str,
     out: Path,
@@ -146,8 +165,19 @@ def _attempt(transfer: _Transfer, patience: Patience) -> str | None:
                 transfer.give_up()
                 return f"got {transfer.done - before} bytes in {patience.stall:g} s"
             looked, before = now, transfer.done
-    if isinstance(transfer.error, FileNotFoundError | PermissionError | ValueError):
+    if isinstance(transfer.error, ValueError):
         raise transfer.error
-    if getattr(transfer.error, "status", None) in (401, 403):  # aiohttp's, whose class need not be there
+    if isinstance(transfer.error, FileNotFoundError):
+        raise FileNotFoundError(f"{transfer.url}: got no such file, expected one") from transfer.error
+    if transfer.error is not None and _is_forbidden(transfer.error):
         raise PermissionError(f"{transfer.url}: got {transfer.error}, expected a file that may be read")
     return f"{type(transfer.error).__name__}: {transfer.error}" if transfer.error else None
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    """Say whether trying again is of no use; aiohttp and botocore, whose classes need not be there, have their own."""
+    return (
+        isinstance(error, PermissionError)
+        or getattr(error, "status", None) in (401, 403)
+        or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from ldm.data.download import Patience, download, open_filesystem
+from ldm.data.download import Patience, download, matching
 from ldm.data.faults import Fault
 from ldm.data.index_file import index_path, read_index, save_index, write_atomically
 from ldm.data.shards import ShardIndex, resolve_shards
@@ -217,13 +217,13 @@ class ShardCache:
             raise ValueError(f"shards: got {pattern}, expected a file or one of {', '.join(SCHEMES)}")
         if pattern.endswith(".tar") and "*" not in pattern:
             return [pattern]
-        filesystem, path = open_filesystem(pattern)
-        if "*" not in pattern and (listed := self._names(pattern.rstrip("/"))):
-            return [f"{pattern.rstrip('/')}/{name}" for name in listed]
-        found = filesystem.glob(path if "*" in pattern else f"{path.rstrip('/')}/*.tar")
+        folder = pattern.rstrip("/")
+        if "*" not in pattern and (listed := self._names(folder)):
+            return [f"{folder}/{name}" for name in listed]
+        found = matching(pattern if "*" in pattern else f"{folder}/*.tar")
         if not found:
             raise FileNotFoundError(f"shards: got {pattern}, where there is no tar file, expected shards")
-        return [filesystem.unstrip_protocol(name) for name in sorted(found)]
+        return found
 
     def _names(self, parent: str) -> list[str]:
         """Return the shards that the list beside them names."""

@@ -288,3 +288,24 @@ def test_shards_that_were_written_anew_are_fetched_anew_where_their_manifest_say
         memory.pipe(f"{bucket}/{path.name}", path.read_bytes())
     dataset = ShardDataset(bucket, resolution=8, remote=cache(tmp_path))
     assert [dataset[i, i, 0]["caption"] for i in range(len(dataset))] == [f"other {i}" for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NoCredentialsError", PermissionError),
+        ("PermissionError", PermissionError),
+        ("EndpointError", UnreachableError),
+    ],
+)
+def test_a_folder_that_cannot_be_listed_is_told_by_its_url(
+    name: str, expected: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = PermissionError if name == "PermissionError" else type(name, (Exception,), {})
+
+    def glob(*_: Any) -> list[str]:
+        raise error("none of yours")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "glob", glob)
+    with pytest.raises(expected, match=r"^memory://nothing/\*\.tar: .*none of yours"):
+        make_data("memory://nothing", remote=cache(tmp_path))  # type: ignore[arg-type]
