@@ -198,6 +198,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*have no `val_dataloader`.*",
         ".*is not resumable.*",
         ".*module\\(s\\) in eval mode.*",
         ".*`IterableDataset` has `__len__` defined.*",
