@@ -91,7 +91,8 @@ class EDM2UNet(nn.Module):
         self.encoder = nn.ModuleList(EncoderBlock(block, settings) for block in self.plan.encoder())
         self.decoder = nn.ModuleList(DecoderBlock(block, settings) for block in self.plan.decoder())
         self.out_conv = MPConv(widths[0], out_channels, 3)
-        self.out_gain = nn.Parameter(torch.zeros(()))
+        # One number, but with an axis: FSDP2 spreads no scalars.
+        self.out_gain = nn.Parameter(torch.zeros(1))
         self.uncertainty = None if uncertainty_channels is None else _Uncertainty(uncertainty_channels)
         self.after_optimizer_step()
 
@@ -181,7 +182,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.conv0 = MPConv(in_channels, out_channels, 3)
         self.modulation = MPLinear(settings.emb_dim, out_channels)
-        self.modulation_gain = nn.Parameter(torch.zeros(()))
+        self.modulation_gain = nn.Parameter(torch.zeros(1))
         self.dropout = nn.Dropout(settings.dropout)
         self.conv1 = MPConv(out_channels, out_channels, 3)
 

@@ -104,5 +104,6 @@ def normalize_weights(module: nn.Module) -> None:
     """Bring every row of every `UnitWeight` within the module back to magnitude 1, in place (eq. 66)."""
     for layer in module.modules():
         if isinstance(layer, UnitWeight):
-            rows = tuple(range(1, layer.weight.ndim))
-            layer.weight.copy_(unit_magnitude(layer.weight, dim=rows))
+            # Spread over devices by FSDP2, a weight has whole rows on each.
+            weight = layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
+            weight.copy_(unit_magnitude(weight, dim=tuple(range(1, weight.ndim))))

@@ -30,7 +30,7 @@ from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.nonleaking import NonLeakingAugmentation
 from ldm.training.precomputed import check_text, keep_text_files
 from ldm.training.randomness import draw, normal, uniform
-from ldm.training.sharding import shard, shard_whole, whole_state
+from ldm.training.sharding import check_steps_spread, shard, shard_whole, whole_state
 
 VALIDATION_SEED = 2**31 - 1
 
@@ -235,6 +235,7 @@ class LatentDiffusionModule(pl.LightningModule):
         late = self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val
         options = {"fused": False} if late else {}
         optimizer = self.make_optimizer([p for p in self.trained.parameters() if p.requires_grad], **options)
+        check_steps_spread(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def spreads_parameters(strategy: Any) -> bool:
@@ -19,6 +20,16 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that is spread, without a copy; any other tensor as it is."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def check_steps_spread(optimizer: Optimizer) -> None:
+    """Raises ValueError for an optimizer whose own kernels take no tensor that FSDP2 spreads."""
+    is_spread = any(hasattr(one, "to_local") for group in optimizer.param_groups for one in group["params"])
+    if is_spread and type(optimizer).__module__.startswith("bitsandbytes"):
+        raise ValueError(
+            f"got optimizer {type(optimizer).__name__} with parameters that FSDP2 spreads over devices, which it "
+            "cannot step; choose optimizer=adamw, or strategy=ddp"
+        )
 
 
 def blocks_of(network: nn.Module) -> Iterator[nn.Module]:

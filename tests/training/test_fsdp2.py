@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ddp_worker import MODULES
+from fsdp2_worker import edm2_module, train_edm2
 from tiny_models import autoencoder_module, quiet_trainer, write_colours
 from torch.testing import assert_close
 
@@ -18,6 +20,7 @@ from ldm.training.checkpoint_files import read_manifest
 from ldm.training.checkpoint_folders import find, newest_valid
 from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.fit import leave_group
+from ldm.training.sharding import check_steps_spread
 from ldm.training.strategies import fsdp2
 
 HERE = Path(__file__).resolve().parent
@@ -55,6 +58,16 @@ def test_two_processes_end_where_one_does_and_go_on_as_if_never_stopped(kind: st
 
 
 @pytest.mark.slow
+def test_weights_of_magnitude_1_stay_so_where_they_are_spread(folder: Path) -> None:
+    spread: dict[str, torch.Tensor] = torch.load(folder / "edm2.pt", weights_only=True)
+    alone = train_edm2(folder)
+    assert set(alone) <= set(spread)
+    assert_close({name: spread[name] for name in alone}, alone, rtol=1e-4, atol=2e-5)
+    before = edm2_module().state_dict()
+    assert sum(not torch.allclose(alone[name], before[name], atol=1e-3) for name in alone) > 10
+
+
+@pytest.mark.slow
 def test_a_gathered_checkpoint_goes_on_in_one_process(folder: Path) -> None:
     gone_on = train_alone(folder, folder / "full" / "step=000000002.ckpt")
     assert_close(gone_on, train_alone(folder), rtol=1e-4, atol=2e-5)
@@ -88,6 +101,16 @@ def test_a_module_that_does_not_spread_its_parts_is_refused_in_one_line(tmp_path
             quiet_trainer(max_steps=1, strategy=fsdp2()).fit(autoencoder_module(), data)
     finally:
         leave_group()  # of one process, which is there by then
+
+
+def test_an_optimizer_that_cannot_step_spread_parameters_is_refused() -> None:
+    spread = SimpleNamespace(to_local=lambda: None)
+    eight_bit = type("AdamW8bit", (), {"__module__": "bitsandbytes.optim.adamw"})()
+    eight_bit.param_groups = [{"params": [torch.nn.Parameter(torch.zeros(2)), spread]}]
+    with pytest.raises(ValueError, match="got optimizer AdamW8bit with parameters that FSDP2 spreads"):
+        check_steps_spread(eight_bit)
+    eight_bit.param_groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    check_steps_spread(eight_bit)
 
 
 def test_another_kind_of_checkpoint_is_refused() -> None:
