@@ -126,6 +126,10 @@ class Numbered:
     def __len__(self) -> int:
         return self.num_images
 
+    def __getitem__(self, index: int) -> dict[str, object]:
+        """Never asked for."""
+        raise IndexError(index)
+
     def row(self, index: int) -> dict[str, object]:
         """What belongs to an image besides its pixels."""
         return {"prompt": ""}
@@ -230,13 +234,15 @@ def our_networks(weights: Path) -> Callable[[int], object]:
 
 def their_networks(weights: Path) -> Callable[[int], object]:
     """Shows N images of each side to torchmetrics' three."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
     from torchmetrics.image.inception import InceptionScore
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    kinds = [FrechetInceptionDistance, KernelInceptionDistance]
-    pairs = [kind(feature=FEATURES, feature_extractor_weights_path=str(weights)) for kind in kinds]
-    score = InceptionScore(feature="logits_unbiased", feature_extractor_weights_path=str(weights))
+    def network(output: str) -> nn.Module:
+        return NoTrainInceptionV3("inception-v3-compat", [output], str(weights))
+
+    pairs = [kind(network(str(FEATURES))) for kind in (FrechetInceptionDistance, KernelInceptionDistance)]
+    score = InceptionScore(network("logits_unbiased"))
 
     def show(num_images: int) -> None:
         for part in torch.zeros(num_images, 3, IMAGE_SIDE, IMAGE_SIDE, dtype=torch.uint8).split(BATCH):

@@ -20,6 +20,7 @@ from ldm.cli.evaluate_parts import (
     evaluation_of,
     find_training,
     folder_of_images,
+    folder_of_reconstructions,
     own_device,
     own_node,
     sha256_of_file,
@@ -132,10 +133,10 @@ def measure_autoencoder(config: DictConfig) -> tuple[Path, dict[str, float]]:
         autoencoder = Autoencoder.load(file).eval().to(device)
         evaluation = evaluation_of(config, run_folder_of(file.absolute()), None)
         evaluation.metrics = with_codes(evaluation.metrics, autoencoder)
-        out = Path(config.out) if config.out else file.parent / "evaluations" / "reconstructions"
+        about = {"checkpoint": {"path": str(file), "sha256": sha256_of_file(file), "step": None}}
+        out = Path(config.out) if config.out else folder_of_reconstructions(config, file)
         if is_elsewhere(config):
             in_other_processes(config, out, measure_autoencoder)
-        about = {"checkpoint": {"path": str(file), "sha256": sha256_of_file(file), "step": None}}
         write_config(out, config)
         subject = Subject(out, device, about, FreeWorkers(progress()))
         return out, evaluate_reconstructions(evaluation, autoencoder, subject, batch_size=config.batch_size)

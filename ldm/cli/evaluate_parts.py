@@ -200,6 +200,13 @@ def folder_of_images(config: DictConfig) -> Path:
     return Path("evaluations") / hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def folder_of_reconstructions(config: DictConfig, file: Path) -> Path:
+    """evaluations/reconstructions-<eight digits of what is reconstructed, and by what> beside the autoencoder."""
+    reference = config.reference and Path(config.reference).expanduser().absolute()
+    text = f"{sha256_of_file(file)} {reference} {config.resolution} {config.shard_size}"
+    return file.parent / "evaluations" / f"reconstructions-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 def autoencoder_file(config: DictConfig) -> Path:
     """The file that `reconstruct=` names, itself or by its run folder.
 

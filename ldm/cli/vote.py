@@ -73,7 +73,8 @@ def count(config: DictConfig, overrides: Sequence[str]) -> None:
         )
     out = Path(str(config.out)).expanduser() if config.out else path.with_name(VERDICT)
     settings = {"interval": config.interval, "confidence": config.confidence, "ties": config.ties}
-    write_json(out, {"evaluations": key["evaluations"], **settings, **vars(verdict), "preferred": verdict.preferred})
+    told = {"evaluations": key["evaluations"], "settings": settings}
+    write_json(out, {**told, **vars(verdict), "preferred": verdict.preferred})
     report(verdict, [one["name"] for one in key["evaluations"]], confidence=config.confidence)
     say(f"  verdict       {shown(out.absolute())}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldm.metrics.features import as_seen, describe_network, num_features_of
-from ldm.metrics.products import gram
+from ldm.metrics.products import add_gram_, both_halves
 from ldm.metrics.statistics import Statistics
 
 
@@ -53,6 +53,7 @@ class FrechetDistance(Metric):
         size = num_features_of(features)
         self.features = features.eval()
         self.reference = open_reference(reference, features)
+        self.has_warned = False
         # Row 0 generated, row 1 real.
         self.add_state("sums", torch.zeros(2, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outers", torch.zeros(2, size, size, dtype=torch.float64), dist_reduce_fx="sum")
@@ -67,7 +68,7 @@ class FrechetDistance(Metric):
         refuse_real_beside(self.reference, real)
         wide = features.double()
         self.sums[int(real)] += wide.sum(dim=0)
-        self.outers[int(real)] += gram(wide)
+        add_gram_(self.outers[int(real)], wide)
         self.counts[int(real)] += len(wide)
 
     def check_counts(self, num_generated: int, num_real: int | None) -> None:
@@ -76,6 +77,7 @@ class FrechetDistance(Metric):
             if count is not None and count < 2:
                 raise ValueError(f"got {count} {side} images, expected at least 2 for a covariance; give more images")
         warn_of_few(num_generated, num_real, num_features_of(self.features))
+        self.has_warned = True
 
     def refer_to(self, statistics: Statistics | Path | str) -> None:
         """Takes statistics, or a file of them, in the place of real images, as the argument `reference` does."""
@@ -104,7 +106,8 @@ class FrechetDistance(Metric):
             return torch.full((), torch.nan, dtype=torch.float64, device=self.sums.device)
         generated = self._statistics(0, {})
         real = self.reference or self._statistics(1, {})
-        warn_of_few(generated.count, real.count, len(generated.mean))
+        if not self.has_warned:
+            warn_of_few(generated.count, real.count, len(generated.mean))
         return frechet_distance(generated, real)
 
     def _statistics(self, row: int, provenance: Mapping[str, Any]) -> Statistics:
@@ -161,9 +164,12 @@ def warn_of_few(num_generated: int | None, num_real: int | None, size: int) -> N
 
 
 def gaussian(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) from the sum (D,), the sum of outer products (D, D) and the count."""
+    """Mean (D,) and unbiased covariance (D, D) from the sum (D,), the sum of outer products (D, D) and the count.
+
+    Of the sum of outer products the upper half is read.
+    """
     mean = total / count
-    return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
+    return mean, (both_halves(outer) - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> Tensor:

@@ -13,20 +13,23 @@ from torch import Tensor
 BLOCK = 512
 
 
-def gram(features: Tensor) -> Tensor:
-    """X^T X (D, D) of features X (N, D), float64."""
+def add_gram_(total: Tensor, features: Tensor) -> None:
+    """Adds X^T X of features X (N, D) to a total (D, D), float64, in place; below the diagonal it means nothing.
+
+    `both_halves` gives the whole total. To add up in place saves a matrix a batch, which for few images is most of it.
+    """
     wide = features.double()
     size = wide.shape[1]
-    found = wide.new_empty(size, size)
     for top in range(0, size, BLOCK):
         rows = slice(top, top + BLOCK)
         for left in range(top, size, BLOCK):
             columns = slice(left, left + BLOCK)
-            block = wide[:, rows].T @ wide[:, columns]
-            found[rows, columns] = block
-            if left > top:
-                found[columns, rows] = block.T
-    return found
+            total[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
+
+
+def both_halves(total: Tensor) -> Tensor:
+    """The symmetric matrix (D, D) of which a total holds the upper half."""
+    return total.triu() + total.triu(1).T
 
 
 def pair_sums(

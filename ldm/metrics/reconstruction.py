@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.metrics.features import quantize
 
 # Identical images have no noise: their PSNR counts as this, where the 8 bits of a large image end.
 HIGHEST_PSNR = 100.0
-# Half of SSIM's window.
-BORDER = 5
+# Half of SSIM's window, and its width, in pixels.
+BORDER, SIGMA = 5, 1.5
 
 
 class ReconstructionQuality(Metric):
@@ -70,8 +69,28 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity (B,) of images (B, C, H, W) with levels 0 to 255."""
-    _, places = structural_similarity_index_measure(
-        images, originals, data_range=255.0, sigma=1.5, reduction="none", return_full_image=True
-    )
-    return places[..., BORDER:-BORDER, BORDER:-BORDER].flatten(1).mean(dim=1)
+    """Structural similarity (B,) of images (B, C, H, W) with levels 0 to 255.
+
+    Source: Wang et al. 2004, eq. 13, with K_1 = 0.01 and K_2 = 0.03.
+    """
+    mean, mean_original = windowed(images), windowed(originals)
+    variance = windowed(images.square()) - mean.square()
+    variance_original = windowed(originals.square()) - mean_original.square()
+    covariance = windowed(images * originals) - mean * mean_original
+    c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    alike = (2 * mean * mean_original + c_1) * (2 * covariance + c_2)
+    places = alike / ((mean.square() + mean_original.square() + c_1) * (variance + variance_original + c_2))
+    return places.flatten(1).mean(dim=1)
+
+
+def windowed(maps: Tensor) -> Tensor:
+    """Means of maps (B, C, H, W) over every Gaussian window of 11 pixels inside: (B, C, H - 10, W - 10).
+
+    As shifted sums, first of columns and then of rows: in float64 some forty times as fast as a convolution.
+    """
+    weights = torch.exp(torch.arange(-BORDER, BORDER + 1, dtype=torch.float64).square() / (-2 * SIGMA**2))
+    for dim in (-1, -2):
+        length = maps.shape[dim] - 2 * BORDER
+        shifted = (weight * maps.narrow(dim, i, length) for i, weight in enumerate((weights / weights.sum()).tolist()))
+        maps = sum(shifted, torch.zeros((), dtype=maps.dtype, device=maps.device))
+    return maps

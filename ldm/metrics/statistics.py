@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.metrics.products import gram
+from ldm.metrics.products import add_gram_, both_halves
 
 # Features whose float64 form is held at once.
 ROWS = 8192
@@ -54,10 +54,12 @@ class Statistics:
         """Those of features (N, D), N at least 2."""
         if features.dim() != 2 or len(features) < 2:
             raise ValueError(f"got features {tuple(features.shape)}, expected (N, D) with N at least 2")
-        zero = torch.zeros((), dtype=torch.float64, device=features.device)
-        mean = sum((block.double().sum(dim=0) for block in features.split(ROWS)), zero) / len(features)
-        outer = sum((gram(block.double() - mean) for block in features.split(ROWS)), zero)
-        return cls(mean, outer / (len(features) - 1), len(features), dict(provenance or {}))
+        count, size = features.shape
+        outer = torch.zeros(size, size, dtype=torch.float64, device=features.device)
+        mean = features.sum(dim=0, dtype=torch.float64) / count
+        for block in features.split(ROWS):
+            add_gram_(outer, block - mean)
+        return cls(mean, both_halves(outer) / (count - 1), count, dict(provenance or {}))
 
     @classmethod
     def read(cls, path: Path | str, *, suffix: str = "") -> Statistics:

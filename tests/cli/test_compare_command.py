@@ -97,6 +97,7 @@ def test_votes_go_from_page_to_verdict(two: Path, capsys: pytest.CaptureFixture[
     assert "undecided" in said and "new is preferred in 100.0% of 9 votes" in said
     verdict = read_json(two / "vote/verdict.json")
     assert (verdict["second"], verdict["effective"], verdict["high"]) == (9, 3, 1)
+    assert (verdict["ties"], verdict["settings"]["ties"]) == (0, "half")
 
 
 def test_mistakes_are_one_line_each(fails: Callable[..., str], two: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from cli_helpers import read_json
 from PIL import Image
 
+from ldm.autoencoders import IdentityAutoencoder
 from ldm.cli.main import main
+from ldm.nn.weights import save_weights
 
 # Any nn.Module with num_features, by _target_: the one that comes with the toys.
 JUDGE = "{_target_: toy_training.Pixels}"
@@ -103,6 +105,19 @@ def test_published_statistics_are_a_reference_as_they_are(evaluate: Callable[...
     assert evaluate(*both, FID) == 0
     assert read_json(tmp_path / "out" / "evaluation.json")["metrics"]["fid"]["protocol"]["reference"]["sha256"]
     assert evaluate(*both, KID) == 2  # statistics hold no images
+
+
+def test_an_autoencoder_is_measured_by_what_it_gives_back(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    file = tmp_path / "autoencoder.safetensors"
+    identity = IdentityAutoencoder()
+    save_weights(file, identity.state_dict(), target="ldm.autoencoders.IdentityAutoencoder", config={})
+    for seed in (0, 1):
+        np.savez(tmp_path / f"{seed}.npz", arr_0=np.stack([np.asarray(image) for image in pictures(12, seed)]))
+        assert evaluate(f"reconstruct={file}", "metrics=[reconstruction]", f"reference={tmp_path}/{seed}.npz") == 0
+    # Another reference is another evaluation.
+    found = [figures(folder) for folder in (tmp_path / "evaluations").glob("reconstructions-*")]
+    assert [one["reconstruction/psnr"] for one in found] == [100, 100]
+    assert evaluate(f"reconstruct={file}", "metrics=[codebook_usage]", f"reference={tmp_path}/0.npz") == 2
 
 
 @pytest.mark.parametrize(

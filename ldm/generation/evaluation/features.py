@@ -17,7 +17,7 @@ from ldm.generation.evaluation.images import Images, batches, stacked
 from ldm.generation.evaluation.workers import Task, write_text, write_whole
 from ldm.metrics import Statistics, describe_network, extract
 from ldm.metrics.fid import gaussian
-from ldm.metrics.products import gram
+from ldm.metrics.products import add_gram_
 
 # Images of a part of real features, whatever the shards of samples, so that every evaluation finds them.
 REAL_PART = 1000
@@ -119,10 +119,12 @@ class FeatureStore:
         count = len(self.images)
         if count < 2:
             raise ValueError(f"got {count} reference images, expected at least 2 for a covariance; give more")
-        total = outer = torch.zeros((), dtype=torch.float64)
+        size = self.features(key, 0).shape[1]
+        total, outer = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
         for part in range(self.num_parts):
             features = self.features(key, part).double()
-            total, outer = total + features.sum(dim=0), outer + gram(features)
+            total += features.sum(dim=0)
+            add_gram_(outer, features)
         return Statistics(*gaussian(total, outer, torch.tensor(float(count)).double()), count, provenance)
 
 

@@ -86,7 +86,7 @@ def report_page(
         ("Figures", figures(evaluations)),
         ("Published and measured", "".join(published(of_one) for of_one in by_card(comparisons))),
         ("Curves", plots([f"<figure>{curve.chart.svg()}</figure>" for curve in curves]) if curves else ""),
-        ("Pictures of the same prompts and seeds" if len(shown) > 1 else "Pictures", _pictures(shown, amounts.samples)),
+        (_heading(shown), _pictures(shown, amounts.samples)),
         ("Best and worst by score", _each(shown, [ranked(one, amounts.ranked) for one in shown])),
         (
             f"Nearest {'training' if any(one.training for one in shown) else 'real'} images",
@@ -127,12 +127,19 @@ def ranked(evaluation: EvaluationFolder, count: int) -> str:
     return "".join(parts)
 
 
+def _heading(evaluations: Sequence[EvaluationFolder]) -> str:
+    if evaluations[0].reconstructs:
+        return "Originals and reconstructions"
+    return "Pictures of the same prompts and seeds" if len(evaluations) > 1 else "Pictures"
+
+
 def _pictures(evaluations: Sequence[EvaluationFolder], count: int) -> str:
-    """One evaluation's pictures on a sheet, or several ones' in columns, a row for each prompt and seed."""
+    """One evaluation's pictures on a sheet; in columns those of several, or reconstructions beside their originals."""
     first, *others = evaluations
+    originals = first.originals()
     if not count or not len(first):
         return ""
-    if not others:
+    if not others and originals is None:
         chosen = spread(range(len(first)), count)
         return gallery.sheet([_figure(first, index, _caption(first, index)) for index in chosen])
     places = [dict(shared_samples(first, other)) for other in others]
@@ -141,15 +148,22 @@ def _pictures(evaluations: Sequence[EvaluationFolder], count: int) -> str:
         return paragraph("These evaluations share no prompt and seed.")
     rows = []
     for index in spread(shared, count):
-        cells = [gallery.words(_caption(first, index)), _figure(first, index, "")]
+        cells = [gallery.words(_caption(first, index))]
+        cells += [gallery.figure(picture_of(originals[index]), f"original {index}")] if originals is not None else []
+        cells += [_figure(first, index, "")]
         cells += [_figure(other, place[index], "") for other, place in zip(others, places, strict=True)]
         rows.append(cells)
-    return gallery.aligned(["prompt and seed", *(one.name for one in evaluations)], rows)
+    names = [one.name for one in evaluations] if others else ["reconstruction"]
+    heads = ["prompt and seed", *names] if originals is None else ["", "original", *names]
+    return gallery.aligned(heads, rows)
 
 
 def _neighbours(evaluation: EvaluationFolder, amounts: Amounts) -> str:
-    """Samples beside the real images nearest to them: first those nearest of all, then some evenly spread ones."""
-    if not amounts.neighbours or not amounts.per_sample or not len(evaluation):
+    """Samples beside the real images nearest to them: first those nearest of all, then some evenly spread ones.
+
+    Of reconstructions the nearest are their originals.
+    """
+    if not amounts.neighbours or not amounts.per_sample or not len(evaluation) or evaluation.reconstructs:
         return ""
     found = _searched(evaluation, amounts)
     if found is None:
@@ -225,6 +239,8 @@ def _figure(evaluation: EvaluationFolder, index: int, caption: str) -> str:
 
 
 def _caption(evaluation: EvaluationFolder, index: int) -> str:
+    if evaluation.reconstructs:
+        return f"image {index}"
     sample = evaluation.sample(index)
     seed = f"seed {sample.seed}" if sample.seed is not None else f"picture {index}"
     return f"{sample.told}, {seed}"
@@ -240,8 +256,9 @@ def _in_short(evaluation: EvaluationFolder) -> list[str]:
     sampler = (protocol.get("sampler") or {}).get("name")
     guidance = (protocol.get("guidance") or {}).get("scale")
     step = (protocol.get("checkpoint") or {}).get("step")
+    kind = "reconstructions" if evaluation.reconstructs else "samples"
     words = [
-        f"{protocol['num_samples']} samples" if "num_samples" in protocol else None,
+        f"{protocol['num_samples']} {kind}" if "num_samples" in protocol else None,
         f"{sampler}, {protocol.get('steps')} steps" if sampler else None,
         f"guidance {guidance:g}" if isinstance(guidance, int | float) else None,
         f"trained for {step} steps" if step else None,

@@ -136,6 +136,15 @@ class EvaluationFolder:
         """The real images that were measured against, by number as their features are; None where they are gone."""
         return _opened(self.protocol.get("reference"))
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether its pictures are an autoencoder's reconstructions."""
+        return bool(self.protocol.get("reconstructs"))
+
+    def originals(self) -> Images | None:
+        """What was reconstructed, by number; None where nothing was, or it is gone."""
+        return _opened(self.protocol.get("reconstructs"))
+
     def reference_features(self, key: str) -> np.ndarray | None:
         """Features (M, D) float32 of the real images by the network of this key; None where there are none."""
         return _features_in((self.protocol.get("reference") or {}).get("features_folder"), key)

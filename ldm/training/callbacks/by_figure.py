@@ -12,6 +12,12 @@ import pytorch_lightning as pl
 
 from ldm.training.callbacks.sample_metrics import SampleMetrics
 
+# Figures that no module logs by itself, as options of conf/callback.
+SAMPLED = (
+    *("clip_score", "cmmd", "density_coverage", "fd_dinov2", "fid", "inception_score", "kid", "precision_recall"),
+    "sfid",
+)
+
 
 class BestCheckpoint(pl.callbacks.ModelCheckpoint):
     """Saves `folder/step=200.ckpt` whenever a figure is better than ever before: the newest there is the best.
@@ -23,10 +29,16 @@ class BestCheckpoint(pl.callbacks.ModelCheckpoint):
 
     Raises:
         MisconfigurationException: another mode; at a validation, a figure that is not logged.
+        ValueError: when training starts, a figure of samples that nothing measures.
     """
 
     def __init__(self, folder: str | Path, *, monitor: str = "val/fid", mode: str = "min") -> None:
         super().__init__(folder, "{step}", monitor, mode=mode, save_on_train_epoch_end=False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a figure that nothing measures."""
+        super().on_train_start(trainer, pl_module)
+        check_measured(trainer, str(self.monitor))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves where the figure is new and the best."""
@@ -46,6 +58,7 @@ class StopEarly(pl.callbacks.EarlyStopping):
     Raises:
         MisconfigurationException: another mode.
         RuntimeError: at a validation, a figure that is not logged.
+        ValueError: when training starts, a figure of samples that nothing measures.
     """
 
     def __init__(
@@ -53,13 +66,32 @@ class StopEarly(pl.callbacks.EarlyStopping):
     ) -> None:
         super().__init__(monitor, min_delta=min_delta, patience=patience, mode=mode, check_on_train_epoch_end=False)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a figure that nothing measures."""
+        super().on_train_start(trainer, pl_module)
+        check_measured(trainer, str(self.monitor))
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks at the figure where it is new."""
         if is_new(trainer, str(self.monitor)):
             super().on_validation_end(trainer, pl_module)
 
 
+def measuring(trainer: pl.Trainer, name: str) -> list[SampleMetrics]:
+    """The callbacks that log a figure."""
+    return [one for one in trainer.callbacks if isinstance(one, SampleMetrics) and one.gives(name)]  # type: ignore[attr-defined]
+
+
+def check_measured(trainer: pl.Trainer, name: str) -> None:
+    """Raises ValueError for a figure of samples that no callback measures."""
+    metric = name.removeprefix("val/").partition("/")[0]
+    if metric in SAMPLED and not measuring(trainer, name):
+        raise ValueError(
+            f"got monitor={name}, which nothing measures, expected a callback that does; set callback=[...,{metric}], "
+            "or another monitor"
+        )
+
+
 def is_new(trainer: pl.Trainer, name: str) -> bool:
     """Whether a figure was measured at this step's validation, rather than left from one before."""
-    measuring = [one for one in trainer.callbacks if isinstance(one, SampleMetrics) and one.gives(name)]  # type: ignore[attr-defined]
-    return all(one.measured_at == trainer.global_step for one in measuring)
+    return all(one.measured_at == trainer.global_step for one in measuring(trainer, name))

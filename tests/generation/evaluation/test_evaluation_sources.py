@@ -21,7 +21,7 @@ from ldm.generation.evaluation.reconstruction import evaluate_reconstructions, r
 from ldm.generation.evaluation.samples import items_of
 from ldm.generation.evaluation.training_images import Every, keep_beside
 from ldm.generation.evaluation.workers import FreeWorkers
-from ldm.generation.report import EvaluationFolder
+from ldm.generation.report import EvaluationFolder, report_page
 from ldm.generation.report.neighbours import nearest_trained
 from ldm.metrics import CodebookUsage, FrechetDistance, ReconstructionQuality
 from ldm.metrics.reconstruction import psnr
@@ -227,5 +227,8 @@ def test_reconstructions_are_measured_against_their_originals_and_codes_counted(
     expected = psnr(((again + 1) * 127.5).round().double(), real.double()).mean().item()
     assert found["quality/psnr"] == pytest.approx(expected, abs=1e-3)
     assert found["codes/usage"] == len(codes.unique()) / 16
+    page = report_page([EvaluationFolder(tmp_path / "out")])
+    assert page.count('alt="original ') == 5
+    assert "Originals and reconstructions" in page and "Nearest" not in page
     with pytest.raises(ValueError, match="expected one with a codebook"):
         with_codes({"codes": CodebookUsage(3)}, KLAutoencoder(**shape))

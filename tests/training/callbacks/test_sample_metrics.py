@@ -58,6 +58,12 @@ def test_the_best_checkpoint_and_the_end_of_training_go_by_them(tiny, data, fit,
     assert callbacks[1].best_model_score == trainer.callback_metrics["val/fid"]
 
 
+@pytest.mark.parametrize("build", [lambda folder: BestCheckpoint(folder), lambda folder: StopEarly()])
+def test_a_figure_that_nothing_measures_is_refused_at_the_start(tiny, data, fit, tmp_path, build) -> None:
+    with pytest.raises(ValueError, match=r"got monitor=val/fid, which nothing measures.*callback=\[\.\.\.,fid\]"):
+        validating(fit, tiny, data, build(tmp_path), max_steps=4, enable_checkpointing=True)
+
+
 def test_other_figures_are_looked_at_at_every_validation(tiny, data, fit, tmp_path) -> None:
     callbacks = [metrics(every_n_steps=100), BestCheckpoint(tmp_path / "best", monitor="val/loss", mode="max")]
     trainer = validating(fit, tiny, data, *callbacks, max_steps=4, enable_checkpointing=True)
