@@ -51,7 +51,8 @@ class SampleGrid(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Raises ValueError where the module cannot sample, or where there is nothing to take prompts from.
 
-        An encoder that only prompts need is loaded here: what is wrong with it is to show before training, not after.
+        An encoder that only prompts need is loaded here: what is wrong with it is to show before training, not after,
+        and so is a model that needs pictures besides.
         """
         if not hasattr(pl_module, "sample"):
             raise ValueError(
@@ -63,8 +64,10 @@ class SampleGrid(pl.Callback):
                 "got no callback.sample_grid.prompts and no data module to take captions from; set prompts"
             )
         if hasattr(pl_module, "pipeline"):
+            pipeline = pl_module.pipeline()
             try:
-                pl_module.pipeline().conditioner.num_chunks("")
+                pipeline.require_plain()
+                pipeline.conditioner.num_chunks("")
             except (ValueError, OSError) as error:
                 raise ValueError(f"{error}; or leave out the pictures (~callback.sample_grid)") from error
 

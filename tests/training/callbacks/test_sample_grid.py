@@ -73,7 +73,7 @@ def test_an_encoder_that_prompts_alone_need_is_missed_before_training(tiny, data
     def no_encoder(text: str) -> int:
         raise ValueError("conditioner.encoder: got none")
 
-    pipeline = SimpleNamespace(conditioner=SimpleNamespace(num_chunks=no_encoder))
+    pipeline = SimpleNamespace(conditioner=SimpleNamespace(num_chunks=no_encoder), require_plain=lambda: None)
     monkeypatch.setattr(tiny, "pipeline", lambda: pipeline, raising=False)
     with pytest.raises(ValueError, match=r"^conditioner\.encoder: got none; or leave out .*~callback\.sample_grid"):
         fit(tiny, data, [SampleGrid(tmp_path)])
