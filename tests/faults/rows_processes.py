@@ -203,7 +203,7 @@ def a_rank_raises(setting: Setting) -> Result:
 
 @row(
     13,
-    "rank 1 hangs, also without giving Python a turn, or before the first step; so does a single process",
+    "rank 1 hangs, also without giving Python a turn, before the first step, or stopped; so does a single process",
     must_hold="stacks of all threads in the run folder and the end, `hang_timeout` seconds later; one message",
     stock="the process group's timeout: 40 s of 40 s, 30 min by default; no stacks",
 )
@@ -214,7 +214,8 @@ def a_rank_hangs(setting: Setting) -> Result:
         outcome, seconds = fault_on_a_rank(setting, kind, *words)
         stacks = [path.read_text() for path in sorted((setting.run_of(kind) / "stacks").glob("rank=*.txt"))]
         held &= outcome.code == 1 and len(stacks) == 2 and "_strike" in stacks[1]
-        held &= len(outcome.errors) == 1 and "rank 1 of 2" in outcome.errors[0].split(";")[0] and not outcome.left
+        blamed = outcome.errors[0].split(";")[0] if len(outcome.errors) == 1 else ""
+        held &= ("rank 1 of 2" if kind == "hang" else "of 2 ranks 1 ") in blamed and not outcome.left
         details[kind] = [round(seconds, 1), outcome.errors]
     hang = ("callback.fault.kind=hang", f"callback.watchdog.hang_timeout={timeout}")
     at_start = ("+callback.fault.where=start", f"callback.watchdog.start_timeout={timeout}")
@@ -224,6 +225,10 @@ def a_rank_hangs(setting: Setting) -> Result:
         held &= single.code == 1 and len(single.errors) == 1 and said in single.errors[0]
     if not setting.quick:
         held &= _hangs_before_the_first_step(setting, hang, details)
+        words = ("callback.fault.kind=SIGSTOP", "callback.fault.rank=1", f"callback.watchdog.hang_timeout={timeout}")
+        stopped, seconds = fault_on_a_rank(setting, "stopped", *words)
+        details["stopped"] = [round(seconds, 1), stopped.errors]
+        held &= stopped.code == 1 and "of 2 ranks 1 says nothing" in "".join(stopped.errors) and not stopped.left
     prompt, within = in_time(max(value[0] for name, value in details.items() if name != "start") - timeout, 6)
     figure = f"hang_timeout={timeout} s, and then ended within {within}, stacks of both ranks"
     return Result(held and prompt, figure, details)

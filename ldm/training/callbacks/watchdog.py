@@ -27,8 +27,8 @@ AGREED = (Stopped, RolledBack, Diverged, RanksDisagree)
 OUTSIDE = 10
 # Seconds that ranks wait for what the others say, and for the one that says it for all.
 LISTEN_SECONDS, REPORT_SECONDS = 1.0, 5.0
-# Seconds from a failure to the end, whatever libraries do on their way out.
-EXIT_SECONDS = 10.0
+# Seconds from a failure to the end, whatever libraries do on their way out; and for a rank that has said nothing.
+EXIT_SECONDS, END_SECONDS = 10.0, 3.0
 
 
 class Watchdog(pl.Callback):
@@ -198,7 +198,7 @@ class Watchdog(pl.Callback):
         failing, gone = failing_rank(notes), self._gone()
         if failing is None and gone:
             self._report_gone(gone, notes)
-        elif failing in (None, ranks.rank) and ranks.claim():
+        elif failing in (None, ranks.rank) and not self._reported and ranks.claim():
             error.add_note(f"{_place(ranks.rank, ranks, self._step)} failed; {_others(notes, ranks.rank)}")
             return
         ranks.wait_for_reporter(REPORT_SECONDS)
@@ -234,6 +234,7 @@ class Watchdog(pl.Callback):
             return
         # This one may be the rank that the failing one waited for.
         faulthandler.dump_traceback(self._open_stacks(), all_threads=True)
+        self._end_silent(notes)
         _exit()
 
     def _end_hanging(self, since: float) -> NoReturn:
@@ -250,11 +251,22 @@ class Watchdog(pl.Callback):
         ranks.tell({"hangs": True, "step": self._step, "order": order, "waits": self._where()})
         notes = ranks.wait_for_all(LISTEN_SECONDS + self.poll_seconds)
         if ranks.claim():
+            self._reported = True  # also where the main thread now hears of a rank's end
             absent = [] if self._has_begun else ranks.absent()
             self._say(f"nothing has happened for {seconds:.0f} s: {_hanging(notes, self._gone(), absent, ranks)}")
         else:
             ranks.wait_for_reporter(REPORT_SECONDS)
+        self._end_silent(notes)
         _exit()
+
+    def _end_silent(self, notes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Ends ranks that this process started and that do not end by themselves: stopped, or waiting for a disk."""
+        processes, end = self._launcher.procs if self._launcher is not None else [], time.monotonic() + END_SECONDS
+        silent = [process for rank, process in enumerate(processes, 1) if rank not in notes]
+        while any(process.poll() is None for process in silent) and time.monotonic() < end:
+            time.sleep(0.05)
+        for process in silent:
+            process.kill()
 
     def _say(self, line: str) -> None:
         sys.stderr.write(f"error: {line}; the stacks of all threads are in {self.folder / 'stacks'}\n")
@@ -338,11 +350,12 @@ def _place(rank: int, ranks: Ranks, step: int) -> str:
 
 def _hanging(notes: Mapping[int, Mapping[str, Any]], gone: list[int], absent: list[int], ranks: Ranks) -> str:
     """Which rank the others wait for: one that never came, or could not even say where it is, or came least far."""
-    if absent:
-        named = ", ".join(map(str, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
-        return f"of {ranks.world_size} ranks {named} never came to this run folder; {_others(notes, absent[0])}"
-    if gone:
-        return f"rank {gone[0]} of {ranks.world_size} hangs, and gave Python no turn; {_others(notes, gone[0])}"
+    silent = [rank for rank in range(ranks.world_size) if rank not in notes]
+    faults = {"never came to this run folder": absent, "gave Python no turn": gone, "says nothing": silent}
+    for fault, which in faults.items():
+        if which:
+            named = ", ".join(map(str, which[:4])) + (f" and {len(which) - 4} more" if len(which) > 4 else "")
+            return f"of {ranks.world_size} ranks {named} {fault}; {_others(notes, which[0])}"
     behind = min((note for note in notes.values() if "order" in note), key=lambda note: note["order"])
     who = f"{_place(behind['rank'], ranks, behind['step'])} hangs in {behind['waits']}"
     return f"{who}; {_others(notes, behind['rank'])}"

@@ -260,11 +260,15 @@ def test_the_rank_that_the_others_wait_for_is_named(ranks: Callable[[int], Ranks
     notes = {
         0: {"rank": 0, "step": 4, "order": [5, 0, True], "waits": "step (a.py:1)"},
         1: {"rank": 1, "step": 4, "order": [5, 0, False], "waits": "read (b.py:2)"},
+        2: {"rank": 2, "step": 4, "order": [6, 0, False], "waits": "c (d.py:3)"},
     }
     whole = _hanging(notes, [], [], ranks(0))
-    assert whole == "rank 1 of 3, at step 4, hangs in read (b.py:2); rank 0 was at step 4, in step (a.py:1)"
-    assert _hanging(notes, [2], [], ranks(0)).startswith("rank 2 of 3 hangs, and gave Python no turn; rank 0 was")
-    assert _hanging(notes, [], [2], ranks(0)).startswith("of 3 ranks 2 never came to this run folder; rank 0 was")
+    others = "rank 0 was at step 4, in step (a.py:1); rank 2 was at step 4, in c (d.py:3)"
+    assert whole == f"rank 1 of 3, at step 4, hangs in read (b.py:2); {others}"
+    del notes[2]
+    for gone, absent, fault in (([2], [], "gave Python no turn"), ([], [2], "never came to this run folder")):
+        assert _hanging(notes, gone, absent, ranks(0)).startswith(f"of 3 ranks 2 {fault}; rank 0 was at step 4")
+    assert _hanging(notes, [], [], ranks(0)).startswith("of 3 ranks 2 says nothing; rank 0 was")
 
 
 def test_an_error_of_one_process_passes_as_it_is(tmp_path: Path) -> None:
