@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.cli.job import quote
+from ldm.cli.job import grouped, quote
 from ldm.cli.main import COMMANDS, main
 
 # Prints at the very end, however the command leaves, whether torch was imported.
@@ -67,6 +67,19 @@ def test_help_and_config_errors_do_without_torch(words: list[str], code: int, tm
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("evaluate", "metrics=[fid,is]", "metric=[fid,inception_score]"),
+        ("train", "callback=[checkpoint,is]", "callback=[checkpoint,inception_score]"),
+        ("train", "callback=[this]", "callback=[this]"),
+        ("sample", "prompt=is", "prompt=is"),
+    ],
+)
+def test_is_among_metrics_means_the_inception_score(command: str, typed: str, meant: str) -> None:
+    assert grouped(command, typed) == meant
 
 
 @pytest.mark.parametrize(("door", "command"), [("train.py", "train"), ("sample.py", "sample")])

@@ -50,7 +50,7 @@ def test_a_png_carries_its_settings(sample: Callable[..., Path]) -> None:
     assert json.loads(text["ldm"]) == entry
     assert entry["sampler"] == "Heun"
     assert entry["num_steps"] == 3
-    assert entry["guidance"] == {"scale": 4, "rescale": 0.0, "channels": None}
+    assert entry["guidance"] == {"scale": 4, "rescale": 0.0, "interval": [0.0, "inf"], "channels": None}
     first, negative, rest = text["parameters"].splitlines()
     assert first == PROMPT
     assert negative == "Negative prompt: a blue nine"
@@ -60,7 +60,7 @@ def test_a_png_carries_its_settings(sample: Callable[..., Path]) -> None:
 def test_what_is_not_given_is_as_the_model_was_trained_to_be_sampled(sample: Callable[..., Path]) -> None:
     (entry,) = read_json(sample(f"prompt={PROMPT}") / "samples.json")
     assert (entry["sampler"], entry["discretization"], entry["num_steps"]) == ("Euler", "Linspace", 2)
-    assert entry["guidance"] == {"scale": 2.0, "rescale": 0.0, "channels": None}
+    assert entry["guidance"] == {"scale": 2.0, "rescale": 0.0, "interval": [0.0, "inf"], "channels": None}
 
 
 def test_a_prompt_and_a_seed_name_a_picture_in_any_batch(sample: Callable[..., Path]) -> None:

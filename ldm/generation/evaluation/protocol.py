@@ -49,16 +49,21 @@ def versions() -> dict[str, str]:
 
 
 def plain(part: object) -> dict[str, Any]:
-    """The attributes of an object that JSON can hold."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(part).items()}
-    return {key: value for key, value in values.items() if is_plain(value)}
+    """The attributes of an object that JSON can hold; infinity, which it cannot, as "inf"."""
+    return {key: _written(value) for key, value in vars(part).items() if is_plain(value)}
 
 
 def is_plain(value: object) -> bool:
-    """Whether JSON can hold a value."""
-    if isinstance(value, list):
+    """Whether a value is a text, a number, nothing, or a list of these."""
+    if isinstance(value, list | tuple):
         return all(map(is_plain, value))
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_written(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def whole_folder(paths: Sequence[str]) -> str | list[str]:

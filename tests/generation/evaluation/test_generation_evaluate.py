@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchmetrics import Metric
 
+from ldm.diffusion import Guidance
 from ldm.generation import Pipeline
 from ldm.generation.evaluation.evaluate import Evaluation
 from ldm.metrics import as_seen
@@ -71,6 +73,16 @@ def test_a_second_evaluation_starts_afresh(make_pipeline: Callable[..., Pipeline
     for report in (first, second):
         del report["seconds_sampling"], report["seconds_measuring"]
     assert_close(second, first)
+
+
+def test_a_guidance_interval_without_an_end_is_part_of_the_plan(make_pipeline: Callable[..., Pipeline]) -> None:
+    evaluation, pipeline = make(), make_pipeline()
+    plans = [
+        evaluation.plan(evaluation.facts(pipeline, guidance=Guidance(scale=2.0, interval=interval)))
+        for interval in (None, (0.5, math.inf))
+    ]
+    assert [plan["guidance"]["interval"] for plan in plans] == [[0.0, "inf"], [0.5, "inf"]]
+    assert json.loads(json.dumps(plans, allow_nan=False)) == plans
 
 
 def test_a_label_that_one_prompt_lacks_is_missed_before_sampling(
