@@ -187,10 +187,10 @@ def meet_anew() -> None:
     if variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     if not _on_one_machine():
-        if variables.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and variables["RANK"] == "0":
+        if variables.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and restart == variables["RANK"] == "0":
             warnings.warn(
-                "torchrun on several machines can start ranks again only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
-                "set that before torchrun, on each machine",
+                "torchrun on several machines: ranks that start again may look for each other at the addresses of "
+                "those before; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on each machine",
                 stacklevel=2,
             )
         return
