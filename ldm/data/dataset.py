@@ -88,7 +88,7 @@ class ShardDataset(Dataset[Item]):
         self.payload = self._find_payload()
         self._check_options()
         self._check_columns()
-        self._check_captions()
+        self._check_named()
         self.encoder_sha256 = self._find_encoder() if self.payload == "moments" else None
         self.text_sha256 = self._find_encoder(HASH) if self.payload == "moments" else None
         self.buckets = buckets
@@ -306,15 +306,20 @@ class ShardDataset(Dataset[Item]):
                     "mirrored pictures, expected false; or encode with ldm data encode flips=true"
                 )
 
-    def _check_captions(self) -> None:
-        """Refuse a caption column that none of the first samples has: its captions would all be empty."""
-        if self.captions is None:
+    def _check_named(self) -> None:
+        """Refuse columns of captions, or to derive from, that none of the first samples has: all would be without."""
+        wanted: dict[str, Sequence[str]] = {}
+        if self.captions is not None:
+            wanted["data.captions"] = list(self.captions.weights)
+        if self.pictures.derive is not None and self.payload == "image":
+            wanted["data.derive"] = self.pictures.derive.columns
+        if not any(wanted.values()):
             return
-        known = {CAPTION_FILE}.union(
-            *islice((row for shard in range(len(self.shards)) for row in self._rows(shard)), 100)
-        )
-        if strange := sorted(set(self.captions.weights) - known):
-            raise ValueError(f"data.captions: got {', '.join(strange)}, expected some of {', '.join(sorted(known))}")
+        known = set().union(*islice((row for shard in range(len(self.shards)) for row in self._rows(shard)), 100))
+        for setting, names in wanted.items():
+            if strange := sorted(set(names) - known - {CAPTION_FILE}):
+                listed = ", ".join(sorted(known | {CAPTION_FILE}))
+                raise ValueError(f"{setting}: got {', '.join(strange)}, expected some of {listed}")
 
     def _check_columns(self) -> None:
         if not self.json_columns:

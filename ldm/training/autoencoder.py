@@ -84,13 +84,19 @@ class AutoencoderModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuses pictures of a size that the autoencoder does not divide."""
-        size = getattr(self.trainer.datamodule, "resolution", None)  # type: ignore[attr-defined]
-        unit = self.autoencoder.downsampling_factor
+        data, unit = self.trainer.datamodule, self.autoencoder.downsampling_factor  # type: ignore[attr-defined]
+        size, buckets = getattr(data, "resolution", None), getattr(data, "buckets", None)
         if size is not None and size % unit:
             raise ValueError(
                 f"got data.resolution={size}, expected a multiple of {unit}, which the autoencoder divides by; "
                 f"set data.resolution={max(unit, round(size / unit) * unit)}"
             )
+        for width, height in buckets.sizes if buckets is not None else ():
+            if width % unit or height % unit:
+                raise ValueError(
+                    f"got data.buckets with {height} x {width}, expected multiples of {unit}, which the autoencoder "
+                    "divides by"
+                )
 
     @property
     def adversary_is_active(self) -> bool:

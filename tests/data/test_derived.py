@@ -105,3 +105,9 @@ def test_a_sample_whose_boxes_are_none_is_bad_by_name(tmp_path: Path, boxes: Any
     write_shards(tmp_path, [Record(photograph(8, 8), "a", {"boxes": boxes})])
     with pytest.raises(CorruptSampleError, match="000000000: got a json of which nothing can be derived"):
         ShardDataset(tmp_path, resolution=8, derive=Boxes())[0, 0, 0]
+
+
+def test_a_column_that_no_sample_has_is_refused_before_training(tmp_path: Path) -> None:
+    write_shards(tmp_path, [Record(photograph(8, 8), "a", {"bxes": []})])
+    with pytest.raises(ValueError, match=r"^data\.derive: got boxes, expected some of bxes, caption, "):
+        ShardDataset(tmp_path, resolution=8, derive=Boxes())

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from ldm.autoencoders import KLAutoencoder
 from ldm.data import ShardDataModule
+from ldm.data.buckets import Buckets
 from ldm.training import AutoencoderModule
 from ldm.training.latent_scale import measure_latent_scale
 from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss
@@ -197,3 +198,5 @@ def test_pictures_that_the_autoencoder_does_not_divide_are_refused_before_the_fi
 ) -> None:
     with pytest.raises(ValueError, match=r"got data\.resolution=15, expected a multiple of 2.*set data\.resolution=16"):
         make_trainer(max_steps=1).fit(make_autoencoder_module(), make_data(resolution=15))
+    with pytest.raises(ValueError, match=r"got data\.buckets with 16 x 15, expected multiples of 2"):
+        make_trainer(max_steps=1).fit(make_autoencoder_module(), make_data(buckets=Buckets([[16, 16], [16, 15]])))
