@@ -221,7 +221,7 @@ def fill_the_disk(folder: Path, io: type[AtomicCheckpointIO]) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder, trials = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 25
+    folder, trials = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 15
     actions = (write_over, save_and_remove, seal_and_replace)
     found = {action.__name__: kill_in_save(folder / action.__name__, action, trials=trials) for action in actions}
     found["any_time"] = kill_at_any_time(folder / "any_time", trials=2 * trials)
