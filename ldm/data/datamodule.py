@@ -18,6 +18,7 @@ from ldm.data.changes import record, refuse
 from ldm.data.content import Derived
 from ldm.data.dataset import Item, ShardDataset
 from ldm.data.decoding import TEXT_DECODERS
+from ldm.data.indices import HELD_SAMPLES
 from ldm.data.ledger import Ledger
 from ldm.data.orders import check_weights
 from ldm.data.position import ShareBatches, batch_size_per_rank
@@ -231,6 +232,10 @@ class ShardDataModule(pl.LightningDataModule):
         if stage == "fit" and self.batch_size > len(self.dataset("train")):
             told = f"data.batch_size: got {self.batch_size} for {len(self.dataset('train'))} training samples"
             warnings.warn(f"{told}, so that a batch holds samples more than once", stacklevel=2)
+        if (unstored := self.dataset("train").shards.num_unstored) > HELD_SAMPLES:
+            told = f"data.train: {unstored:,} samples have no index beside their shards"
+            spared = "spares every start the scan of all headers, and every process some 100 MB a million samples"
+            warnings.warn(f"{told}; `ldm data index shards=...`, once, {spared}", stacklevel=2)
 
     def teardown(self, stage: str) -> None:
         if self._stream is not None:

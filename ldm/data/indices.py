@@ -71,6 +71,12 @@ class ShardIndices(Sequence[ShardIndex]):
         self._indices.append(_Stored(index.path, index.stamp, index.rows))
         self._hold(len(self._indices) - 1, index)
 
+    @property
+    def num_unstored(self) -> int:
+        """How many samples have no index beside their shard, and stay in memory for good."""
+        pairs = zip(self._indices, self.summaries, strict=True)
+        return sum(summary.num_samples for index, summary in pairs if isinstance(index, ShardIndex))
+
     def replace(self, number: int, index: ShardIndex) -> None:
         """Put an index that is kept nowhere else in the place of another, whose summary stays."""
         self._indices[number], self.paths[number] = index, index.path

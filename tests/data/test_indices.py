@@ -1,15 +1,16 @@
 """Indices of many shards: those in use are in memory, and every sample is found as if all were."""
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fault_shards import good, write_tar
-from test_datamodule import fit
+from test_datamodule import fit, make_data
 
-from ldm.data import ShardDataset
+from ldm.data import ShardDataset, datamodule
 from ldm.data.index_file import index_path
 from ldm.data.indices import ShardIndices
 from ldm.data.manifest import index_shards
@@ -65,3 +66,16 @@ def test_an_index_that_changed_meanwhile_is_refused(write_noise: WriteNoise) -> 
     index_path(folder / "00000.tar").unlink()
     with pytest.raises(ValueError, match=r"00000\.tar: got another index than at the start, or none; start the same"):
         few[0]
+
+
+def test_a_large_set_without_an_index_is_told_how_to_start_faster(
+    write_noise: WriteNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_noise(23)
+    monkeypatch.setattr(datamodule, "HELD_SAMPLES", 20)
+    with pytest.warns(UserWarning, match=r"^data\.train: 23 samples have no index beside .*`ldm data index"):
+        make_data(folder).setup("fit")
+    index_shards(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_data(folder).setup("fit")
