@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {},
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": VIT_H,
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": BIG_G,
-    "google/t5-v1_1-xxl": {"tokenizer": {"_target_": "ldm.conditioners.WordTokenizer", "words": ["a"]}},
+    "google/t5-v1_1-xxl": {"tokenizer": {"_target_": "ldm.cli.plan_parts.AnyTokenizer"}},
 }
 # Settings of `load` that the constructor has not.
 OF_FILES = ("path", "tokenizer_path", "length")
@@ -160,9 +160,14 @@ def count_network(network: Any, encoder: Any, latent_channels: int, size: int, *
         return Part(parameters)
     import torch
 
+    from ldm.networks import NoisyClassifier
+
     def run() -> None:
-        x = torch.zeros(1, latent_channels, size, size)
-        network(x, torch.zeros(1), conditions(network, encoder, latent_channels, size))
+        x, t = torch.zeros(1, latent_channels, size, size), torch.zeros(1)
+        if isinstance(network, NoisyClassifier):
+            network(x, t)
+        else:
+            network(x, t, conditions(network, encoder, latent_channels, size))
 
     return Part(parameters, multiply_adds=multiply_adds(run))
 
@@ -188,8 +193,7 @@ def conditions(network: Any, encoder: Any, latent_channels: int, size: int) -> A
 
 def context_length(conditioner: Any) -> int:
     """How many tokens a conditioner tells."""
-    parts = getattr(conditioner, "conditioners", [conditioner])
-    return max((_length(part) for part in parts), default=1)
+    return max((_length(part) for part in _parts(conditioner)), default=1)
 
 
 def _length(part: Any) -> int:
@@ -203,17 +207,33 @@ def _length(part: Any) -> int:
 
 def count_encoder(conditioner: Any, *, flops: bool) -> Part:
     """Parameters, and the encoding of one caption."""
-    parts = getattr(conditioner, "conditioners", [conditioner])
+    parts = list(_parts(conditioner))
     parameters = sum(map(num_parameters, parts))
     return Part(parameters, multiply_adds=sum(map(_encoding, parts)) if flops else None)
+
+
+def _parts(conditioner: Any) -> Iterator[Any]:
+    """The conditioners that join no others."""
+    if hasattr(conditioner, "conditioners"):
+        for part in conditioner.conditioners:
+            yield from _parts(part)
+    else:
+        yield conditioner
 
 
 def _encoding(part: Any) -> int:
     import torch
 
+    from ldm.conditioners import T5Text
+
+    if not num_parameters(part):
+        return 0
     part = getattr(part, "encoder", part)
     if hasattr(part, "encode_ids"):
         return multiply_adds(lambda: part.encode_ids(torch.zeros(1, _length(part), dtype=torch.int64)))
+    if isinstance(part, T5Text):
+        # Its null condition may be zeros, made without it.
+        return multiply_adds(lambda: part.transformer(torch.zeros(1, _length(part), dtype=torch.int64)))
     if hasattr(part, "null"):
         return multiply_adds(lambda: part.null(1))
     return 0

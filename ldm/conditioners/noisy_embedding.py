@@ -61,7 +61,8 @@ class NoisyEmbedding(Conditioner):
         eps = torch.stack([noise for _, _, noise in drawn]).to(embedding)
         noisy = SCHEDULE.alpha(t).to(embedding) * embedding + SCHEDULE.sigma(t).to(embedding) * eps
         told = torch.cat([noisy, timestep_embedding(levels, self.dim).to(noisy)], dim=1)
-        return Conditioning(vector=self._placed(told * kept[:, None].to(told)))
+        place: Tensor = self._place  # type: ignore[assignment]
+        return Conditioning(vector=(told * kept[:, None].to(told)).to(place))
 
     def _draw(self, position: int) -> tuple[int, bool, Tensor]:
         """(The level of one sample's noise, whether its vector is told, the noise)."""
@@ -72,8 +73,5 @@ class NoisyEmbedding(Conditioner):
 
     def null(self, n: int) -> Conditioning:
         """Nothing is known of the picture, n times."""
-        return Conditioning(vector=self._placed(torch.zeros(n, 2 * self.dim)))
-
-    def _placed(self, vector: Tensor) -> Tensor:
         place: Tensor = self._place  # type: ignore[assignment]
-        return vector.to(place)
+        return Conditioning(vector=place.new_zeros(n, 2 * self.dim))

@@ -37,6 +37,13 @@ def test_cards_are_listed_and_one_is_shown_beside_a_run(folder: Path, capsys: py
     assert "fid" in said and "6.5" in said and "num_samples: published 50000, measured 12" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3_medium", "sdxl_256", "sd2_1_unclip_l", "adm_64_classifier"])
+def test_what_reads_values_is_counted_without_any(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["papers", name]) == 0
+    assert "10^9 multiply-adds" in capsys.readouterr().out
+
+
 def test_a_wrong_card_of_ones_own_is_a_fault(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "conf/experiment").mkdir(parents=True)
     (folder / "conf/experiment/mine.yaml").write_text(OWN)
