@@ -129,6 +129,9 @@ def build_on_meta(node: Any) -> Any:
     Raises:
         UserError: a setting is wrong.
     """
+    # What modules make when they are imported has values.
+    import ldm.training  # noqa: F401
+
     with user_mistakes(), torch.device("meta"):
         return instantiate(untrained(node), _convert_="all")
 
