@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -73,6 +74,7 @@ class Watchdog(pl.Callback):
         self._has_begun = False
         # One attribute, so that the watching thread never sees half of a change.
         self._awaited: tuple[float, float] | None = None
+        self._armed_until = -math.inf
         self._answering = self._reported = False
         self._once = threading.Lock()
         self._stacks: IO[str] | None = None
@@ -181,6 +183,8 @@ class Watchdog(pl.Callback):
         """Something must happen within so many seconds from now on."""
         now = time.monotonic()
         self._awaited = (now, now + seconds)
+        if now + seconds < self._armed_until:  # a start or a save, which may take longer, is over
+            self._arm(seconds)
 
     def _tell(self, error: Exception) -> None:
         self._answering = self._ranks is not None
@@ -198,7 +202,7 @@ class Watchdog(pl.Callback):
         failing, gone = failing_rank(notes), self._gone()
         if failing is None and gone:
             self._report_gone(gone, notes)
-        elif failing in (None, ranks.rank) and not self._reported and ranks.claim():
+        elif failing in (None, ranks.rank) and self._claims():
             error.add_note(f"{_place(ranks.rank, ranks, self._step)} failed; {_others(notes, ranks.rank)}")
             return
         ranks.wait_for_reporter(REPORT_SECONDS)
@@ -214,6 +218,7 @@ class Watchdog(pl.Callback):
                     self._end_hanging(since)
             elif not self._answering:  # what follows training may take as long as it likes
                 faulthandler.cancel_dump_traceback_later()
+                self._armed_until = -math.inf
             ranks = self._ranks
             if ranks is not None and not self._answering:
                 notes = ranks.told()
@@ -246,12 +251,12 @@ class Watchdog(pl.Callback):
         if self._ranks is None:
             self._say(f"nothing has happened for {seconds:.0f} s at step {self._step}, in {self._where()}")
             _exit()
-        ranks = self._ranks
+        # Before it listens: in the meantime the main thread may hear that a rank which hangs has ended.
+        ranks, reports = self._ranks, self._claims()
         order = [self._batches, self._events, self._communicates()]
         ranks.tell({"hangs": True, "step": self._step, "order": order, "waits": self._where()})
         notes = ranks.wait_for_all(LISTEN_SECONDS + self.poll_seconds)
-        if ranks.claim():
-            self._reported = True  # also where the main thread now hears of a rank's end
+        if reports:
             absent = [] if self._has_begun else ranks.absent()
             self._say(f"nothing has happened for {seconds:.0f} s: {_hanging(notes, self._gone(), absent, ranks)}")
         else:
@@ -274,14 +279,19 @@ class Watchdog(pl.Callback):
     def _report_gone(self, gone: list[int], notes: Mapping[int, Mapping[str, Any]]) -> None:
         """Says which ranks ended without a word, unless another rank says so."""
         assert self._ranks is not None
-        with self._once:  # the main thread and the watching one may both come to it
-            reports, self._reported = not self._reported and self._ranks.claim(), True
-        if reports:
+        if self._claims():
             which = " and ".join(f"rank {rank}" for rank in gone)
             sys.stderr.write(
                 f"error: {which} of {self._ranks.world_size} ended without a word: killed, perhaps for want of memory; "
                 f"{_others(notes, gone[0])}. The same command goes on from the newest checkpoint\n"
             )
+
+    def _claims(self) -> bool:
+        """Whether it is for the thread that asks to report: the first one that does, of all ranks."""
+        assert self._ranks is not None
+        with self._once:  # the main thread and the watching one may both come to it
+            claims, self._reported = not self._reported and self._ranks.claim(), True
+        return claims
 
     def _gone(self) -> list[int]:
         """Ranks that ended without a word."""
@@ -309,9 +319,10 @@ class Watchdog(pl.Callback):
         return "?" if named is None else f"{named.name} ({Path(named.filename).name}:{named.lineno})"
 
     def _arm(self, seconds: float) -> None:
-        """Has the stacks written without Python's help if this thread gets no turn for so long."""
+        """Has the stacks written without Python's help if no thread gets a turn for so long."""
         later = max(seconds, 0) + 2 * self.poll_seconds + 0.2
         faulthandler.dump_traceback_later(later, exit=True, file=self._open_stacks())
+        self._armed_until = time.monotonic() + seconds
 
     def _open_stacks(self) -> IO[str]:
         if self._stacks is None:
