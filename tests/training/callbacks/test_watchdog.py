@@ -43,6 +43,11 @@ def holds(dog):
     time.sleep(0.2)
     ctypes.PyDLL(None).sleep(60)
 
+def holds_early(dog):
+    time.sleep(0.2)
+    dog.on_train_batch_end(Trainer)
+    ctypes.PyDLL(None).sleep(60)
+
 def never_starts(dog):
     time.sleep(60)
 
@@ -61,10 +66,11 @@ def takes_long(dog):
     time.sleep(1.2)
 
 def watched(scenario, folder):
-    dog = Watchdog(folder, hang_timeout=0.5, start_timeout=1, poll_seconds=0.05)
+    start_timeout = 60 if scenario is holds_early else 1
+    dog = Watchdog(folder, hang_timeout=0.5, start_timeout=start_timeout, poll_seconds=0.05)
     with dog.watching():
         dog.follow(Trainer)
-        if scenario is not never_starts and scenario is not takes_long:
+        if scenario in (hangs, holds):
             dog.on_train_batch_end(Trainer)
         scenario(dog)
 
@@ -73,7 +79,7 @@ def start(scenario):
     folder.mkdir()
     return Child(lambda: watched(scenario, folder), folder.parent, {})
 
-children = {scenario.__name__: start(scenario) for scenario in (hangs, holds, never_starts, takes_long)}
+children = {scenario.__name__: start(scenario) for scenario in (hangs, holds, holds_early, never_starts, takes_long)}
 outcomes = {name: child.wait(20) for name, child in children.items()}
 print(json.dumps({name: [outcome.code, outcome.text] for name, outcome in outcomes.items()}))
 """
@@ -103,9 +109,11 @@ def test_a_block_without_steps_ends_with_1_and_the_stacks_of_all_threads(ended: 
 
 
 @pytest.mark.slow
-def test_a_step_that_gives_python_no_turn_ends_too(ended: tuple[Path, dict[str, Any]]) -> None:
-    assert ended[1]["holds"][0] == 1
-    assert "in holds" in (ended[0] / "holds" / "stacks" / "rank=0.txt").read_text()
+@pytest.mark.parametrize("name", ["holds", "holds_early"])
+def test_a_step_that_gives_python_no_turn_ends_too(name: str, ended: tuple[Path, dict[str, Any]]) -> None:
+    """Also the one right after the first, which may take longer."""
+    assert ended[1][name][0] == 1
+    assert f"in {name}" in (ended[0] / name / "stacks" / "rank=0.txt").read_text()
 
 
 @pytest.mark.slow
