@@ -13,7 +13,7 @@ from ldm.data.prefetch import Prefetch
 from ldm.data.stream import ShardStream
 from ldm.data.substitutes import GoodSamples, Read
 from ldm.data.thread_loader import ThreadLoader
-from ldm.data.worker_signals import WorkerLoader, is_death_of_worker
+from ldm.data.worker_signals import WorkerDied, WorkerLoader, next_batch
 
 if TYPE_CHECKING:
     from ldm.data.datamodule import ShardDataModule
@@ -79,9 +79,9 @@ class TrainingStream:
         assert self._batches is not None
         while True:
             try:
-                return next(self._batches)
-            except RuntimeError as error:
-                if not is_death_of_worker(error) or self._num_restarts == MAX_RESTARTS:
+                return next_batch(self._batches)
+            except WorkerDied as error:
+                if self._num_restarts == MAX_RESTARTS:
                     raise
                 self._num_restarts += 1
                 times = f"time {self._num_restarts} of {MAX_RESTARTS}"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-Batch = TypeVar("Batch", covariant=True)
+Batch = TypeVar("Batch")
 
 
 class WorkerLoader(DataLoader[Batch]):
@@ -62,6 +62,19 @@ def starting_workers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def is_death_of_worker(error: RuntimeError) -> bool:
-    """Whether a loader says that one of its workers is gone."""
-    return re.search(r"DataLoader worker \(pid\S* .*\) (is killed by|exited unexpectedly)", str(error)) is not None
+class WorkerDied(RuntimeError):
+    """A worker of a loader is gone."""
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """Return a loader's next batch; raises WorkerDied where a worker is gone, also while it hands one over."""
+    try:
+        return next(batches)
+    except (ConnectionError, EOFError) as error:
+        if "in DataLoader worker process" in str(error):  # raised there, by a worker that goes on
+            raise
+        raise WorkerDied("a DataLoader worker exited unexpectedly while it handed over a batch") from error
+    except RuntimeError as error:
+        if re.search(r"DataLoader worker \(pid\S* .*\) (is killed by|exited unexpectedly)", str(error)) is None:
+            raise
+        raise WorkerDied(str(error)) from error

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ldm.data.worker_signals import WorkerLoader
+from ldm.data.worker_signals import WorkerDied, WorkerLoader, next_batch
 
 LIBRARY = {"is_there": False}
 
@@ -58,3 +58,26 @@ def test_sigterm_from_the_trainer_ends_a_worker_at_once(loader: tuple) -> None:
         assert time.monotonic() - start < 2
     finally:
         signal.signal(signal.SIGCHLD, previous)
+
+
+def raising(error: Exception) -> Iterator[int]:
+    raise error
+    yield
+
+
+KILLED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), KILLED])
+def test_a_worker_that_is_gone_is_told_also_while_it_hands_over_a_batch(error: Exception) -> None:
+    with pytest.raises(WorkerDied, match="worker"):
+        next_batch(raising(error))
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("Caught one in DataLoader worker process 0."), RuntimeError("no")]
+)
+def test_what_a_worker_raises_is_no_death(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        next_batch(raising(error))
+    assert not isinstance(raised.value, WorkerDied)
