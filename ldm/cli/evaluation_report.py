@@ -161,7 +161,7 @@ def write_report(
     Raises:
         UserError: a setting is wrong.
     """
-    from ldm.generation.evaluation.workers import write_text
+    from ldm.files import write_text
     from ldm.generation.report import curves, report_page, write_curves
 
     comparisons = compared(evaluations, card)

@@ -21,6 +21,7 @@ from ldm.cli.console import rank, say
 from ldm.cli.errors import UserError
 from ldm.cli.lock import locked
 from ldm.cli.provenance import environment, redact
+from ldm.files import write_text
 
 # Set for the ranks that Lightning starts itself: a run_id that is counted up must be the same for all.
 RUN_ID_VARIABLE = "LDM_RUN_ID"
@@ -177,7 +178,7 @@ class RunFolder:
         return newest_checkpoint(asked if "://" in str(asked) else Path(asked))
 
     def _record(self, command_line: str) -> None:
-        _replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain_config)))
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain_config)))
         with (self.path / "command.txt").open("a") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {command_line}\n")
         write_json(self.path / "environment.json", environment())
@@ -250,17 +251,11 @@ def _set_aside(place: Path | str, reason: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file in one move; tensors and NumPy numbers become plain ones, paths become text."""
-    _replace(path, json.dumps(content, indent=2, default=_plain) + "\n")
+    write_text(path, json.dumps(content, indent=2, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _check_resume(config: DictConfig) -> None:

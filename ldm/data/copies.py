@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.filters import Filter
-from ldm.data.index_file import open_index, write_atomically
+from ldm.data.index_file import open_index
 from ldm.data.kept import ShardKept, Survival, claim, release, summarize
 from ldm.data.shards import ShardIndex, ShardReader, check_size
 from ldm.data.writer import IN_PROGRESS, MANIFEST
+from ldm.files import replacing, write_bytes
 
 # The file that says what was asked for and what it did; it also marks a folder that may be written anew.
 FILTERED = "filter.json"
@@ -53,8 +54,8 @@ class CopyWriter:
             raise ValueError(f"filter.where: got {self.chosen.texts}, which keeps no sample, expected one at least")
         manifest = {"num_samples": self.survival.kept, "shards": self.shards}
         summary = {"filter": self.chosen.described(), **summarize(self.survival)}
-        write_atomically(self.folder / FILTERED, json.dumps(summary, indent=1).encode())
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_bytes(self.folder / FILTERED, json.dumps(summary, indent=1).encode())
+        write_bytes(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         (self.folder / IN_PROGRESS).unlink()
         release(self.folder, mark=FILTERED)
         return summary
@@ -65,18 +66,15 @@ def _copy(kept: ShardKept, path: Path) -> str:
     from webdataset.writer import TarWriter  # which imports torch
 
     index, reader = open_index(kept.path), ShardReader()
-    keys, temporary = set(kept.keys), path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        with TarWriter(stream, encoder=False, mtime=0, user="", group="", compress=False) as tar:
+    keys = set(kept.keys)
+    with replacing(path) as temporary:
+        with TarWriter(str(temporary), encoder=False, mtime=0, user="", group="", compress=False) as tar:
             for row, key in enumerate(index.keys):
                 if key in keys:
                     tar.write({"__key__": key, **_members(index, row, reader)})
-        stream.flush()
-        os.fsync(stream.fileno())
+        with temporary.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     reader.close()
-    with temporary.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    temporary.replace(path)
     return sha256
 
 

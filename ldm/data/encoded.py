@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from ldm.data.embeddings import FLIPPED, TEXT
-from ldm.data.index_file import write_atomically
 from ldm.data.writer import IN_PROGRESS, MANIFEST
+from ldm.files import write_bytes
 
 # Beside the shards of each split, what each shard's task has to say; `write_manifest` makes the manifest of them.
 TASKS = ".tasks"
@@ -102,7 +102,7 @@ class EncodedShard:
             self._partial.unlink()
             (self.folder / self.name).unlink(missing_ok=True)
         note = {**self.facts, "shard": entry, "columns": sorted(self.columns), "bad": list(bad)}
-        write_atomically(_note_path(self.folder, self.name), json.dumps(note, indent=1).encode())
+        write_bytes(_note_path(self.folder, self.name), json.dumps(note, indent=1).encode())
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -140,7 +140,7 @@ def write_manifest(folder: Path, notes: Iterable[Mapping[str, Any]], *, facts: M
             path.unlink()
     num_samples = sum(entry["num_samples"] for entry in entries)
     manifest = {"num_samples": num_samples, "columns": sorted(columns), **facts, "shards": entries}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     (folder / IN_PROGRESS).unlink(missing_ok=True)
     return manifest
 

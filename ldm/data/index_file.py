@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ldm.data.shards import ShardIndex, index_shard
+from ldm.files import write_bytes
 
 # Part of every file; another number is another layout, and the shard is scanned again.
 LAYOUT = 2
@@ -33,7 +34,7 @@ def save_index(index: ShardIndex, *, stamp: tuple[int, int]) -> Path:
         "stamp": np.array([LAYOUT, *stamp, len(index), _sum(keys)], dtype=np.int64),
     }
     path = index_path(index.path)
-    write_atomically(path, save(arrays, metadata={"suffixes": json.dumps(index.suffixes)}))
+    write_bytes(path, save(arrays, metadata={"suffixes": json.dumps(index.suffixes)}))
     return path
 
 
@@ -65,16 +66,6 @@ def stamp_of(shard: str | os.PathLike[str]) -> tuple[int, int]:
     """Return what a file changes with: its size in bytes and its time of modification in nanoseconds."""
     status = Path(shard).stat()
     return status.st_size, status.st_mtime_ns
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put content at path in one step: a killed run leaves the old file, the new one or none, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _suffixes(path: Path) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ import numpy as np
 
 from ldm.data.expressions import Verdict
 from ldm.data.filters import Filter
-from ldm.data.index_file import open_index, write_atomically
+from ldm.data.index_file import open_index
 from ldm.data.parallel import map_in_order
 from ldm.data.rows import Unreadable, check_metadata, shard_rows
 from ldm.data.shards import ShardIndex, ShardReader
+from ldm.files import write_bytes
 
 # The file that is written last, and that a reader opens first.
 KEPT = "kept.json"
@@ -127,7 +128,7 @@ class KeptWriter:
         self._digests.add(kept.digest)
         content = json.dumps(kept.keys, indent=0).encode()
         name = f"{kept.path.stem}-{kept.digest}.json"
-        write_atomically(self.folder / name, content)
+        write_bytes(self.folder / name, content)
         self.survival.add(kept.survival)
         self.shards.append(
             {
@@ -143,7 +144,7 @@ class KeptWriter:
     def finish(self) -> dict[str, Any]:
         """Write kept.json, which makes the folder valid, and return it."""
         summary = {"filter": self.chosen.described(), **summarize(self.survival), "shards": self.shards}
-        write_atomically(self.folder / KEPT, json.dumps(summary, indent=1).encode())
+        write_bytes(self.folder / KEPT, json.dumps(summary, indent=1).encode())
         release(self.folder, mark=KEPT)
         return summary
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.faults import Fault, header_faults
-from ldm.data.index_file import index_path, read_index, save_index, stamp_of, write_atomically
+from ldm.data.index_file import index_path, read_index, save_index, stamp_of
 from ldm.data.parallel import map_in_order
 from ldm.data.readable import open_whole_samples
 from ldm.data.shards import resolve_shards
+from ldm.files import write_bytes
 
 # Not manifest.json, by which `ldm shard` knows shards that it may write over.
 CONTENTS = "shards.json"
@@ -128,7 +129,7 @@ def _write_contents(folder: Path, new: dict[str, ShardEntry]) -> None:
     old = {name: entry for name, entry in read_contents(folder).items() if (folder / name).is_file()}
     entries = dict(sorted((old | new).items()))
     content = {**_sums(entries.values()), "shards": [asdict(entry) for entry in entries.values()]}
-    write_atomically(folder / CONTENTS, json.dumps(content, indent=1).encode())
+    write_bytes(folder / CONTENTS, json.dumps(content, indent=1).encode())
 
 
 def _sums(entries: Iterable[ShardEntry]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from braceexpand import braceexpand
 
 from ldm.data.download import Patience, download, matching
 from ldm.data.faults import Fault
-from ldm.data.index_file import index_path, read_index, save_index, write_atomically
+from ldm.data.index_file import index_path, read_index, save_index
 from ldm.data.shards import ShardIndex, resolve_shards
+from ldm.files import write_bytes
 
 SCHEMES = ("s3", "gs", "http", "https", "file", "memory")
 # What describes the shards of a folder, with their hashes; `ldm shard` writes the first, `ldm data index` the other.
@@ -145,7 +146,7 @@ class ShardCache:
                 if not self._reserve(part, stated["size"] or 0, keep=keep):
                     return False
                 size, sha256 = self._download(path, part)
-                write_atomically(_source_path(path), json.dumps(stated | {"size": size, "sha256": sha256}).encode())
+                write_bytes(_source_path(path), json.dumps(stated | {"size": size, "sha256": sha256}).encode())
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -201,7 +202,7 @@ class ShardCache:
         if not _source_path(path).is_file() or self._has_changed(path):
             for stale in (path, index_path(path), *folder.glob(f"{path.stem}.sizes-*.npy")):
                 stale.unlink(missing_ok=True)
-            write_atomically(_source_path(path), json.dumps({"url": url}).encode())
+            write_bytes(_source_path(path), json.dumps({"url": url}).encode())
         return path
 
     def _has_changed(self, path: Path) -> bool:

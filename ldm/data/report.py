@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from ldm.data.filters import Filter
-from ldm.data.index_file import open_index, write_atomically
+from ldm.data.index_file import open_index
 from ldm.data.parallel import map_in_order
 from ldm.data.rows import check_metadata
 from ldm.data.shards import resolve_shards
 from ldm.data.similar import near_duplicates
 from ldm.data.statistics import ColumnValues, Measured, Task, measure_shard, spread
+from ldm.files import write_bytes
 from ldm.pages import page
 
 REPORT, PAGE = "report.json", "index.html"
@@ -67,8 +68,8 @@ def report_shards(
     summary = {**told, **summarize(found, filters or {}), "near_duplicates": duplicates}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / PAGE, render(found, summary).encode("utf-8", errors="replace"))
-    write_atomically(folder / REPORT, json.dumps(summary, indent=1).encode())
+    write_bytes(folder / PAGE, render(found, summary).encode("utf-8", errors="replace"))
+    write_bytes(folder / REPORT, json.dumps(summary, indent=1).encode())
     return summary
 
 

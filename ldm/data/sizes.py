@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.decoding import UnreachableError, decode_json
-from ldm.data.index_file import write_atomically
 from ldm.data.shards import IMAGE_SUFFIXES, ShardIndex, ShardReader
+from ldm.files import write_bytes
 
 
 def picture_sizes(shards: Sequence[ShardIndex], reader: ShardReader) -> np.ndarray:
@@ -38,7 +38,7 @@ def _kept_sizes(shard: ShardIndex, reader: ShardReader) -> np.ndarray:
     stream = io.BytesIO()
     np.save(stream, sizes, allow_pickle=False)
     with suppress(OSError):  # of a folder that is only read
-        write_atomically(path, stream.getvalue())
+        write_bytes(path, stream.getvalue())
     return sizes
 
 

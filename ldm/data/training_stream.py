@@ -85,7 +85,7 @@ class TrainingStream:
                     raise
                 self._num_restarts += 1
                 times = f"time {self._num_restarts} of {MAX_RESTARTS}"
-                warnings.warn(f"{error} The workers start again, {times}", stacklevel=2)
+                warnings.warn(f"{str(error).rstrip('. ')}; the workers start again, {times}", stacklevel=2)
                 self._open(self._next_position)
 
     def close(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.files import write_bytes
+
 MANIFEST = "manifest.json"
 # Marks a folder whose shards are being written, so that a killed run may be written over.
 IN_PROGRESS = ".writing"
@@ -220,7 +222,7 @@ def write_manifest(
     """Write manifest.json, which says that the set is whole, take the mark of an unfinished one away, and return it."""
     num_samples = sum(shard["num_samples"] for shard in shards)
     manifest = {"num_samples": num_samples, "columns": sorted(columns), **facts, "shards": shards}
-    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_bytes(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     (folder / IN_PROGRESS).unlink(missing_ok=True)
     return manifest
 
@@ -236,16 +238,6 @@ def claim(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in [*old, *folder.glob(".*.tmp")]:
         path.unlink()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put content at path in one step: a killed run leaves the old file, the new one or none, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _write_set(

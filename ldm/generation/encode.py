@@ -23,7 +23,7 @@ from ldm.conditioners.precomputed import embedded, null_bytes, text_sha256, toke
 from ldm.data.encode_input import Picture, Reading, decoded_batches
 from ldm.data.encoded import EncodedSample, EncodedShard, read_note, write_manifest
 from ldm.data.faults import Fault
-from ldm.data.index_file import write_atomically
+from ldm.files import write_bytes
 from ldm.generation.executors import Local
 from ldm.nn.fingerprint import weights_sha256 as weights_sha256
 
@@ -199,7 +199,7 @@ def prepare(
     if encoders.text is not None and settings.text == "embeddings":
         content = null_bytes(encoders.text, dtype=DTYPES[settings.text_dtype])
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / NULL_TEXT, content)
+        write_bytes(folder / NULL_TEXT, content)
     reading = Reading(data.bad_text, data.bad_shards, data.missing_caption, data.remote)
     work = EncodeWork(folder, sources, load, settings, facts, reading)
     if keep:
@@ -266,7 +266,7 @@ def finish(work: EncodeWork) -> dict[str, Any]:
         else:
             summary |= {**counts, **{name: facts[name] for name in ("text_sha256",) if name in facts}}
     lines = "".join(json.dumps(row) + "\n" for row in bad.values())
-    write_atomically(work.folder / LEFT_OUT, lines.encode())
+    write_bytes(work.folder / LEFT_OUT, lines.encode())
     return {**summary, "bad": len(bad)}
 
 

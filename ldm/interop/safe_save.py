@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.files import replacing
+
 # Scalars between an encoder's values and latents: whoever rounds them changes everything that the network sees.
 EXACT = ("scale_factor", "latent_scale", "latent_shift")
 
@@ -20,23 +22,14 @@ def write_file(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes tensors to a .safetensors file, beside its final name first.
+    """Writes tensors to a .safetensors file.
 
     Args:
         dtype: precision of all floating-point tensors but the scale of latents; None leaves each as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # safetensors makes files that only their owner can read: the mode is that of any new file instead.
-        partial.touch()
-        mode = partial.stat().st_mode
-        plain = {name: cast(name, value.detach().cpu(), dtype).contiguous() for name, value in state.items()}
-        save_file(plain, partial, {"format": "pt", **(metadata or {})})
-        partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    plain = {name: cast(name, value.detach().cpu(), dtype).contiguous() for name, value in state.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, {"format": "pt", **(metadata or {})})
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:

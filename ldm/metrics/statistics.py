@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.files import replacing
 from ldm.metrics.products import add_gram_, both_halves
 
 # Features whose float64 form is held at once.
@@ -92,15 +92,8 @@ class Statistics:
 
     def write(self, path: Path | str) -> None:
         """Writes an .npz that all of those projects read, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as stream:
-                np.savez(stream, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)

@@ -11,18 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.files import replacing
+
 
 def save_weights(path: Path | str, state_dict: Mapping[str, Tensor], *, target: str, config: Mapping[str, Any]) -> None:
     """Writes a state dict together with the class and the constructor arguments that rebuild its module.
 
-    The file is written beside its final name and moved there, so that a reader never sees half of it.
+    A reader never sees half of the file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"target": target, "config": json.dumps(dict(config))})
-    partial.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"target": target, "config": json.dumps(dict(config))})
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:

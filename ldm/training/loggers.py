@@ -16,6 +16,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ldm.files import replacing
+
 
 class MetricsCSV(Logger):
     """Appends every logged row to `folder/metrics.csv`; new metrics become new columns.
@@ -118,12 +120,10 @@ class MetricsCSV(Logger):
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Replaces the file in one move, so that a kill leaves the old one or the new one."""
         assert self._columns is not None
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.path)
 
 
 def _goes_back(row: Mapping[str, Any], step: int | None) -> bool:

@@ -8,11 +8,9 @@ formulas of Karras et al. 2024 (EDM2), section 3 and appendix C.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.files import replacing
 from ldm.training.checkpoint_files import StorageError
 from ldm.training.ema import EMA, Module
 from ldm.training.frozen import drop_frozen
@@ -176,20 +175,11 @@ def write_snapshot(folder: Path, module: nn.Module, *, profile: Profile, average
     }
     facts = {"step": profile.step, "sigma_rel": profile.sigma_rel, "latest": latest}
     path = folder / f"step={profile.step:09d}-sigma_rel={profile.sigma_rel}.safetensors"
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            partial,
-            {METADATA: json.dumps(facts)},
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(path) as temporary:
+            save_file(plain, temporary, {METADATA: json.dumps(facts)})
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise StorageError(
             f"{path}: got {error}, expected room for a snapshot; make room, or set callback.post_hoc_ema.keep"
         ) from error

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ldm.files import write_text
+
 # Set for the ranks that Lightning starts itself, and for no other.
 ATTEMPT_VARIABLE = "LDM_ATTEMPT"
 # What the communication library says on the ranks that did not fail.
@@ -52,7 +54,7 @@ class Ranks:
                 if other != self.folder:
                     shutil.rmtree(other, ignore_errors=True)
         self._file("failed").unlink(missing_ok=True)
-        _write(self._file("here"), {"process": os.getpid(), "host": self._host})
+        write_text(self._file("here"), json.dumps({"process": os.getpid(), "host": self._host}))
 
     def leave(self) -> None:
         """Says that this rank ends as it should."""
@@ -68,7 +70,7 @@ class Ranks:
         """
         with suppress(OSError):
             if not self._file("failed").exists():
-                _write(self._file("failed"), {"rank": self.rank, "at": time.time(), **facts})
+                write_text(self._file("failed"), json.dumps({"rank": self.rank, "at": time.time(), **facts}))
 
     def told(self) -> dict[int, dict[str, Any]]:
         """What the ranks have said, by rank; without what an earlier attempt left."""
@@ -229,12 +231,6 @@ def alive(process: int) -> bool:
     except (OSError, IndexError):
         return True  # not a Linux
     return state not in ("Z", "X")
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -11,7 +11,8 @@ from ldm.data.making.dropped import FILE as DROPPED
 from ldm.data.making.dropped import Dropped
 from ldm.data.making.duplicates import SeenHashes
 from ldm.data.making.picture import Prepared
-from ldm.data.writer import IN_PROGRESS, ShardFile, claim, read_manifest, replace_file, write_manifest
+from ldm.data.writer import IN_PROGRESS, ShardFile, claim, read_manifest, write_manifest
+from ldm.files import write_bytes
 
 HASHES = ".hashes"
 
@@ -136,7 +137,7 @@ class Journal:
         for name in (DROPPED, HASHES):
             (self.folder / name).unlink(missing_ok=True)
         self.progress = Progress()
-        replace_file(self.folder / IN_PROGRESS, json.dumps({"identity": self.identity}).encode() + b"\n")
+        write_bytes(self.folder / IN_PROGRESS, json.dumps({"identity": self.identity}).encode() + b"\n")
 
     def _close_shard(self) -> None:
         """Put the shard, then what was dropped and the hashes, and then the line that counts on them on disk."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torchmetrics import Metric
 
+from ldm.files import write_text
 from ldm.generation.encode import weights_sha256
 from ldm.generation.evaluation.features import FeatureStore, reference_store
 from ldm.generation.evaluation.folder import (
@@ -35,7 +36,7 @@ from ldm.generation.evaluation.images import Images, ShardImages, names_of_array
 from ldm.generation.evaluation.measurement import Measurement, compares_pairs, needs_real, write_scores
 from ldm.generation.evaluation.protocol import describe_settings, versions
 from ldm.generation.evaluation.samples import Draw, Item, items_of, sampling_tasks, seconds_of, sha256_of_items
-from ldm.generation.evaluation.workers import FreeWorkers, Task, Workers, write_text
+from ldm.generation.evaluation.workers import FreeWorkers, Task, Workers
 from ldm.generation.pipeline import Pipeline
 from ldm.metrics import share_networks
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.files import replacing, write_text
 from ldm.generation.evaluation.images import Images, batches, stacked
-from ldm.generation.evaluation.workers import Task, write_text, write_whole
+from ldm.generation.evaluation.workers import Task
 from ldm.metrics import Statistics, describe_network, extract
 from ldm.metrics.fid import gaussian
 from ldm.metrics.products import add_gram_
@@ -110,7 +111,8 @@ class FeatureStore:
                 found[key].append(_storable(features))
         for key, parts in found.items():
             array = torch.cat(parts).numpy()
-            write_whole(self.path(key, part), partial(_save, array))
+            with replacing(self.path(key, part)) as temporary, temporary.open("wb") as stream:
+                np.save(stream, array)
             note = self.folder / "features" / key / "network.json"
             if not note.is_file():
                 write_text(note, json.dumps(describe_network(networks[key]), indent=1, default=str) + "\n")
@@ -144,11 +146,6 @@ def reference_store(images: Images, cache: Path, *, batch_size: int, num_workers
     if not note.is_file():
         write_text(note, json.dumps(facts, indent=1) + "\n")
     return store
-
-
-def _save(array: np.ndarray, path: Path) -> None:
-    with path.open("wb") as stream:
-        np.save(stream, array)
 
 
 def _storable(features: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.files import replacing, write_text
 from ldm.generation.evaluation.images import Images
-from ldm.generation.evaluation.workers import write_text, write_whole
 from ldm.generation.postprocess import grid
 
 SHOWN = 100
@@ -69,7 +69,8 @@ def show(images: Images, path: Path) -> None:
     pictures = [Image.fromarray(images[i]["image"].permute(1, 2, 0).numpy()) for i in range(min(SHOWN, len(images)))]
     size = pictures[0].size
     sheet = grid([picture if picture.size == size else picture.resize(size) for picture in pictures])
-    write_whole(path, lambda part: sheet.save(part, format="PNG"))
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def clear(folder: Path) -> None:

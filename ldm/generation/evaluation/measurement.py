@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ldm.files import replacing
 from ldm.generation.evaluation.features import FeatureStore
 from ldm.generation.evaluation.images import RESERVED
-from ldm.generation.evaluation.workers import Task, write_whole
+from ldm.generation.evaluation.workers import Task
 from ldm.metrics import feed, figures, network_key, network_of
 
 
@@ -121,7 +121,8 @@ class Measurement:
             metric.reset()
             self._show(metric, store, part, is_real=side == "real")
             state = {key: getattr(metric, key).cpu() for key in metric._defaults}
-            write_whole(path, partial(torch.save, state))
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
             metric.reset()
 
         return Task(f"{name}-{side}-{part:05d}.lock", path.is_file, run)
@@ -171,13 +172,9 @@ def write_scores(path: Path, scores: Iterator[dict[str, float]]) -> None:
     first = next(scores, None)
     if first is None:
         return
-
-    def write(part: Path) -> None:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(first) + "\n")
-            file.writelines(json.dumps(row) + "\n" for row in scores)
-
-    write_whole(path, write)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(first) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in scores)
 
 
 def _parameters(metric: Any) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ldm.generation.evaluation.workers import Task, write_text, write_whole
+from ldm.files import replacing, write_text
+from ldm.generation.evaluation.workers import Task
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image]]
 """From prompts and as many seeds to pictures, each of which depends on its own prompt and seed alone."""
@@ -70,7 +71,8 @@ def sampling_tasks(items: Sequence[Item], folder: Path, draw: Draw, *, shard_siz
 def write_shard(path: Path, items: Sequence[Item], draw: Draw, *, batch_size: int) -> None:
     """Samples the items, a batch at a time, into a tar, and marks it as done."""
     start = time.monotonic()
-    write_whole(path, lambda part: _write_tar(part, items, draw, batch_size))
+    with replacing(path) as temporary:
+        _write_tar(temporary, items, draw, batch_size)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {"sha256": sha256, "num_samples": len(items), "seconds": time.monotonic() - start}

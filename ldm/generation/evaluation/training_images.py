@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ldm.files import write_text
 from ldm.generation.evaluation.evaluate import Evaluation
 from ldm.generation.evaluation.images import Images
-from ldm.generation.evaluation.workers import Workers, write_text
+from ldm.generation.evaluation.workers import Workers
 
 # Beside evaluation.json: where the training images are, and their features.
 TRAINING = "training.json"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ldm.files import replacing, write_text
 from ldm.generation import TextToImage, to_pil
-from ldm.generation.evaluation.workers import Task, write_text, write_whole
+from ldm.generation.evaluation.workers import Task
 
 if TYPE_CHECKING:
     from ldm.generation import Order, Pipeline, SamplingSettings
@@ -77,7 +78,8 @@ def _write(pipeline: Pipeline, order: Order, steps: Iterable[Step], path: Path, 
             believed = step.state.x if step.is_last else step.state.prediction.x_0
             pictures += to_pil(pipeline.decode(believed))
     row = side_by_side(pictures)
-    write_whole(path.with_suffix(".webp"), lambda part: row.save(part, format="WEBP", quality=85))
+    with replacing(path.with_suffix(".webp")) as temporary:
+        row.save(temporary, format="WEBP", quality=85)
     told = {"index": int(path.stem), "prompt": order.prompt, "seed": order.seed, "steps": chosen}
     write_text(path, json.dumps({**told, "num_steps": num_steps}) + "\n")
 
