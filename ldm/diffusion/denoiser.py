@@ -39,12 +39,27 @@ class PredictionWithVariance(Prediction):
         return prediction
 
 
+class Answer(NamedTuple):
+    """What the network says of x_t (B, C, H, W), in float32 also under autocast.
+
+    Attributes:
+        output: F, of the shape of x_t.
+        share: v, of the shape of x_t, where the network learns a variance; see `ldm.diffusion.variance`.
+        given: (B, 1, H, W), where the network dropped patches: 1 where it answered, 0 where F says nothing.
+    """
+
+    output: Tensor
+    share: Tensor | None = None
+    given: Tensor | None = None
+
+
 class Denoiser(nn.Module):
     """Turns a network's output into (x_0, eps), and a batch into a loss.
 
     Args:
         network: forward(x (B, C, H, W), t (B,), cond) -> (B, C, H, W); with an attribute `learned_variance` that is
-            true (B, 2C, H, W), of which the second half says the variance.
+            true (B, 2C, H, W), of which the second half says the variance; while an attribute `drops_patches` is true
+            (B, C + 1, H, W), of which the last channel is 1 where it answered, and 0 elsewhere.
         schedule, parameterization, weighting, times: the diffusion process, configured here once; a sampler takes
             the schedule from here.
         distance: what the loss takes of the error of a value: its "square", or the "absolute" error, as LDM's models of
@@ -85,20 +100,23 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """The pair (x_0, eps) for x_t (B, C, H, W) at times t (B,)."""
-        return self.predict(x_t, t, *self.output_and_share(x_t, t, cond))
+        answer = self.answer(x_t, t, cond)
+        return self.predict(x_t, t, answer.output, answer.share)
 
     def output(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """F, what the network says, in float32 also under autocast."""
-        return self.output_and_share(x_t, t, cond)[0]
+        return self.answer(x_t, t, cond).output
 
-    def output_and_share(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """F, and v where the model learns a variance, both in float32 also under autocast."""
+    def answer(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Answer:
+        """F, and what else the network says."""
         x_in = x_t * per_sample(self.schedule.input_scale(t), x_t)
         output = self.network(x_in, self.schedule.network_time(t), cond).to(x_t.dtype)
+        if getattr(self.network, "drops_patches", False):
+            return Answer(output[:, :-1], given=output[:, -1:])
         if not getattr(self.network, "learned_variance", False):
-            return output, None
+            return Answer(output)
         output, share = output.chunk(2, dim=1)
-        return output, share if isinstance(self.schedule, DiscreteSchedule) else None
+        return Answer(output, share if isinstance(self.schedule, DiscreteSchedule) else None)
 
     def predict(self, x_t: Tensor, t: Tensor, output: Tensor, share: Tensor | None = None) -> Prediction:
         """The pair that an output F stands for, with v where there is one."""
@@ -124,17 +142,17 @@ class Denoiser(nn.Module):
         return self.schedule.alpha(t) * x_0 + self.schedule.sigma(t) * eps
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The weighted squared, or absolute, error of the output, mean over (C, H, W): (B,).
+        """The weighted squared, or absolute, error of the output, mean over (C, H, W) where there is one: (B,).
 
         A network that learns the uncertainty u of each noise level turns an error e into e / exp(u) + u
         (Karras et al. 2024, eq. 21): all levels then weigh the same, however hard they are.
         """
         target = self.parameterization.output(x_0, eps, per_sample(t, x_0), self.schedule)
         x_t = self.noised(x_0, eps, t)
-        output, share = self.output_and_share(x_t, t, cond)
+        output, share, given = self.answer(x_t, t, cond)
         error = output - target
         distances = error.square() if self.distance == "square" else error.abs()
-        loss = self.loss_weight(t) * distances.flatten(1).mean(1)
+        loss = self.loss_weight(t) * (distances.flatten(1).mean(1) if given is None else mean_where(given, distances))
         if share is not None:
             loss = loss + self.variance_loss(x_0, eps, self.predict(x_t, t, output), share=share, t=t)
         network: Any = self.network
@@ -164,3 +182,8 @@ def per_sample(t: Tensor, x: Tensor) -> Tensor:
     if t.shape != x.shape[:1]:
         raise ValueError(f"got times of shape {tuple(t.shape)} for {len(x)} samples, expected ({len(x)},)")
     return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def mean_where(given: Tensor, values: Tensor) -> Tensor:
+    """The mean (B,) of values (B, C, H, W) over the places where given (B, 1, H, W) is 1; it is 0 elsewhere."""
+    return (given * values).mean(1).flatten(1).sum(1) / given.flatten(1).sum(1)

@@ -73,7 +73,7 @@ class Guidance:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(F under the condition, F to lead away from, v of the former where the model learns a variance)."""
         both = Conditioning.cat([cond, uncond])
-        output, share = denoiser.output_and_share(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        output, share, _ = denoiser.answer(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
         told, untold = output.chunk(2)
         return told, untold, None if share is None else share.chunk(2)[0]
 
@@ -138,7 +138,7 @@ class Autoguidance(Guidance):
     def outputs(
         self, denoiser: Denoiser, x_t: Tensor, t: Tensor, *, cond: Conditioning, uncond: Conditioning
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, share = denoiser.output_and_share(x_t, t, cond)
+        output, share, _ = denoiser.answer(x_t, t, cond)
         return output, self.guide.output(x_t, t, cond if self.is_told else Conditioning()), share
 
 

@@ -6,6 +6,7 @@ from ldm.networks.discriminator import PatchDiscriminator
 from ldm.networks.dit import DiT
 from ldm.networks.edm2_unet import EDM2UNet
 from ldm.networks.edm_unet import EDMUNet
+from ldm.networks.micro_dit import MicroDiT
 from ldm.networks.mmdit import MMDiT
 from ldm.networks.noisy_classifier import NoisyClassifier
 from ldm.networks.unet import UNet
@@ -18,6 +19,7 @@ __all__ = [
     "EDM2UNet",
     "EDMUNet",
     "MMDiT",
+    "MicroDiT",
     "NoisyClassifier",
     "PatchDiscriminator",
     "UNet",

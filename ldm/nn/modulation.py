@@ -1,5 +1,7 @@
 """Adaptive layer normalisation: a vector shifts, scales and gates what happens to tokens."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,10 +21,20 @@ class PlainLayerNorm(nn.LayerNorm):
 
 
 class Modulation(nn.Sequential):
-    """A vector (B, width) to `parts` vectors (B, width) that all start at zero (Peebles and Xie 2023, adaLN-Zero)."""
+    """A vector (B, vector_dim) to `parts` vectors (B, width) that all start at zero (Peebles and Xie 2023, adaLN-Zero).
 
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), zero_module(nn.Linear(width, parts * width)))
+    The vector is as wide as the tokens where nothing else is said.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        parts: int,
+        *,
+        vector_dim: int | None = None,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(activation(), zero_module(nn.Linear(vector_dim or width, parts * width)))
         self.parts = parts
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
@@ -39,7 +51,7 @@ class ModulatedHead(nn.Module):
     def __init__(self, width: int, dim_out: int) -> None:
         super().__init__()
         self.adaLN_modulation = Modulation(width, 2)
-        self.norm_final = PlainLayerNorm(width)
+        self.norm_final: nn.LayerNorm = PlainLayerNorm(width)
         self.linear = zero_module(nn.Linear(width, dim_out))
 
     def forward(self, tokens: Tensor, vector: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """From images to tokens and back, attention among tokens, and embeddings of time, class and vector."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -26,6 +28,17 @@ def image_of_patches(tokens: Tensor, *, rows: int, patch_size: int) -> Tensor:
     """Tokens (B, N, patch_size^2 C), row-major in `rows` rows, as an image (B, C, H, W)."""
     pattern = "b (h w) (p q c) -> b c (h p) (w q)"
     return rearrange(tokens, pattern, h=rows, p=patch_size, q=patch_size)
+
+
+def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
+    """Of tokens (B, N, D) those at places (B, K) int64 in [0, N): (B, K, D)."""
+    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def tokens_put(tokens: Tensor, places: Tensor, *, num: int) -> Tensor:
+    """Tokens (B, K, D) at their places (B, K) int64 among (B, num, D): zero where there is none, a sum of several."""
+    room = tokens.new_zeros(len(tokens), num, tokens.shape[-1])
+    return room.scatter_add(1, places[..., None].expand_as(tokens), tokens)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -79,15 +92,18 @@ class SelfAttention(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Times (B,) to (B, width), by 256 sines and cosines and two layers."""
+    """Times (B,) to (B, width), by sines and cosines, 256 together, and two layers."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(
+        self, width: int, *, frequencies: int = TIME_FREQUENCIES, activation: Callable[[], nn.Module] = nn.SiLU
+    ) -> None:
         super().__init__()
-        self.mlp = _two_layers(TIME_FREQUENCIES, width)
+        self.frequencies = frequencies
+        self.mlp = _two_layers(frequencies, width, activation)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed t; the layers compute in the given dtype."""
-        return self.mlp(timestep_embedding(t, TIME_FREQUENCIES).to(dtype))
+        return self.mlp(timestep_embedding(t, self.frequencies).to(dtype))
 
 
 class VectorEmbedder(nn.Module):
@@ -114,5 +130,5 @@ class ClassEmbedder(nn.Module):
         return self.embedding_table(ids)
 
 
-def _two_layers(dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+def _two_layers(dim: int, width: int, activation: Callable[[], nn.Module] = nn.SiLU) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, width), activation(), nn.Linear(width, width))

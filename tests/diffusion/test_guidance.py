@@ -222,7 +222,7 @@ def test_a_classifier_keeps_the_variance_and_does_nothing_where_no_data_is_left(
     learning.network = Unled(learned_variance=True)
     guided = guidance(learning, told, told)(X, T)
     assert isinstance(guided, PredictionWithVariance)
-    assert_close(guided.share, learning.output_and_share(X, T.expand(2), told)[1])
+    assert_close(guided.share, learning.answer(X, T.expand(2), told).share)
 
 
 def test_a_classifier_needs_class_ids() -> None:

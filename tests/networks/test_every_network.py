@@ -15,7 +15,7 @@ from ldm.diffusion.parameterizations import EDM as EDMTarget
 from ldm.diffusion.schedules import EDM as EDMSchedule
 from ldm.diffusion.times import LogNormal
 from ldm.diffusion.weightings import Unit
-from ldm.networks import ADMUNet, DiT, EDM2UNet, EDMUNet, MMDiT
+from ldm.networks import ADMUNet, DiT, EDM2UNet, EDMUNet, MicroDiT, MMDiT
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ TEXT = {"context": seeded(3, 5, 6, seed=1)}
 POOLED = {"vector": seeded(3, 7, seed=2)}
 DIT = {"patch_size": 2, "width": 16, "depth": 2, "num_heads": 2}
 MMDIT = {**DIT, "context_dim": 6, "vector_dim": 7, "max_positions": 8, "base_positions": 4}
+MICRO = {"patch_size": 2, "width": 16, "depth": 3, "head_width": 8, "mixer_width": 8, "mixer_depth": 2}
 EDM = {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]}
 DDPMPP = {**EDM, "embedding": "sinusoidal", "time_channels": 8}
 NCSNPP = {**EDM, "embedding": "fourier", "time_channels": 16, "resample_filter": [1, 3, 3, 1], "input_pyramid": True}
@@ -54,6 +55,7 @@ CASES = {
     "MMDiT": Case(MMDiT, MMDIT, {**TEXT, **POOLED}),
     "MMDiT, normalised": Case(MMDiT, {**MMDIT, "qk_norm": True}, {**TEXT, **POOLED}),
     "MMDiT, self-attention": Case(MMDiT, {**MMDIT, "qk_norm": True, "self_attention_blocks": 1}, {**TEXT, **POOLED}),
+    "MicroDiT": Case(MicroDiT, {**MICRO, "context_dim": 6, "num_experts": 4}, TEXT),
     "DDPM++": Case(EDMUNet, DDPMPP, {}, first_output=1e-4),
     "DDPM++, classes and augmentation": Case(
         EDMUNet,
@@ -214,7 +216,7 @@ def test_half_precision_weights_take_half_precision_samples(name: str) -> None:
     assert (out.float() - expected).abs().max() < 0.04 * expected.abs().max()
 
 
-LEARNING = ["DiT, classes and variance", "MMDiT", "NCSN++", "EDM2, classes", "ADM"]
+LEARNING = ["DiT, classes and variance", "MMDiT", "MicroDiT", "NCSN++", "EDM2, classes", "ADM"]
 
 
 @pytest.mark.parametrize("name", LEARNING)

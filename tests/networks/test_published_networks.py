@@ -15,7 +15,7 @@ from ldm.diffusion.conditioning import Conditioning
 
 CONF = Path(__file__).parents[2] / "conf" / "network"
 
-# Millions of parameters to the published digit. EDM, EDM2 and ADM as counted from the released networks.
+# Millions of parameters to the published digit. EDM, EDM2, MicroDiT and ADM as counted from the released networks.
 MILLIONS = {
     "edm_ddpmpp_cifar10": "55.74",
     "edm_ncsnpp_cifar10": "56.40",
@@ -30,6 +30,7 @@ MILLIONS = {
     "mmdit_sd3_medium": "2028.33",
     "mmdit_sd35_large": "8056.63",
     "mmdit_sd35_medium": "2243.17",
+    "micro_dit_xl_2": "1165.44",
     "adm_64": "295.90",
     "adm_128": "421.53",
     "adm_256": "553.84",
