@@ -19,6 +19,7 @@ VIT_H, BIG_G = {"width": 1024, "layers": 24, "heads": 16}, {"width": 1280, "laye
 ENCODERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {},
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": VIT_H,
+    "apple/DFN5B-CLIP-ViT-H-14-378": VIT_H,
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": BIG_G,
     "google/t5-v1_1-xxl": {"tokenizer": {"_target_": "ldm.cli.plan_parts.AnyTokenizer"}},
 }
@@ -161,6 +162,9 @@ def count_network(network: Any, encoder: Any, latent_channels: int, size: int, *
     import torch
 
     from ldm.networks import NoisyClassifier
+
+    # As it samples: in training it may drop patches.
+    network.eval()
 
     def run() -> None:
         x, t = torch.zeros(1, latent_channels, size, size), torch.zeros(1)

@@ -212,6 +212,12 @@ def small_transformer(node: Node, dims: Dims) -> None:
     _told(node, dims)
 
 
+def small_micro_dit(node: Node, dims: Dims) -> None:
+    """A MicroDiT with the same patches, whose mixer has experts."""
+    node |= {"width": WIDTH, "depth": 2, "head_width": 16, "mixer_width": WIDTH, "mixer_depth": 2}
+    _told(node, dims)
+
+
 def small_edm_unet(node: Node, dims: Dims) -> None:
     """A U-Net of EDM or EDM2 with as many levels."""
     node |= {"model_channels": WIDTH, "num_res_blocks": 1}
@@ -234,6 +240,7 @@ NETWORKS: dict[str, Callable[[Node, Dims], None]] = {
     "ldm.networks.NoisyClassifier": small_unet,
     "ldm.networks.DiT": small_transformer,
     "ldm.networks.MMDiT": small_transformer,
+    "ldm.networks.MicroDiT": small_micro_dit,
     "ldm.networks.EDMUNet": small_edm_unet,
     "ldm.networks.EDM2UNet": small_edm_unet,
 }

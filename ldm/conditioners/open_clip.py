@@ -25,6 +25,7 @@ class OpenCLIPText(TextEncoder):
 
     ViT-H/14 is `OpenCLIPText(1024, 24, 16)`, which with the other defaults is Stable Diffusion 2's; ViT-bigG/14 is
     `OpenCLIPText(1280, 32, 20)`, with `final_norm=False, pooled=True, null="zeros"` SDXL's second encoder.
+    MicroDiT's, of DFN5B ViT-H/14, is `OpenCLIPText(1024, 24, 16, layer="last", quick_gelu=True, null="zeros")`.
 
     Args:
         width, layers, heads: of the transformer.
@@ -32,12 +33,15 @@ class OpenCLIPText(TextEncoder):
         final_norm: apply the final layer norm to them.
         pooled: add vector (B, projection_dim), the projected last state of the end token.
         projection_dim: None is `width`; 0 leaves out the projection and logit scale of contrastive training.
+        quick_gelu: gate by sigmoid(1.702 x), as OpenAI's models and those of DFN do, which a file does not tell.
         null, max_chunks: see `TextEncoder`.
 
     Attributes:
         model: open_clip's text tower; with `model.` its names are those below `cond_stage_model.` in SD 2 files, and
             below `conditioner.embedders.1.` in SDXL files.
     """
+
+    quick_gelu = False
 
     @keeps_arguments
     def __init__(
@@ -52,10 +56,11 @@ class OpenCLIPText(TextEncoder):
         projection_dim: int | None = None,
         vocabulary_size: int = 49408,
         length: int = 77,
+        quick_gelu: bool = False,
         null: Null = "empty",
         max_chunks: int = 8,
     ) -> None:
-        from open_clip.transformer import TextTransformer
+        from open_clip.transformer import QuickGELU, TextTransformer
 
         if layer not in ("penultimate", "last"):
             raise ValueError(f"got conditioner.layer={layer}, expected penultimate or last")
@@ -72,7 +77,13 @@ class OpenCLIPText(TextEncoder):
             max_chunks=max_chunks,
         )
         self.layer, self.final_norm, self.pooled = layer, final_norm, pooled
-        self.model = TextTransformer(length, vocabulary_size, width, heads, layers, output_dim=projection_dim)
+        if quick_gelu:
+            # Else left to the class, so that the hash of encoders that other embeddings were made by stays.
+            self.quick_gelu = True
+        activation = QuickGELU if quick_gelu else nn.GELU
+        self.model = TextTransformer(
+            length, vocabulary_size, width, heads, layers, output_dim=projection_dim, act_layer=activation
+        )
         if projection_dim:
             # Of no use here, but files hold it, and writing one back should lose nothing.
             self.model.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

@@ -215,7 +215,8 @@ def _open_clip(part: OpenCLIPText) -> tuple[dict[str, Any], dict[str, Tensor], s
         unread = (*unread, "text_projection", *([last] if part.layer == "penultimate" else []))
     read = {name: tensor for name, tensor in bare.items() if not name.startswith(unread)}
     theirs = open_clip_to_transformers(read)
-    config = {**clip_config(theirs, hidden_act="gelu"), "num_attention_heads": arguments_of(part)["heads"]}
+    activation = "quick_gelu" if part.quick_gelu else "gelu"
+    config = {**clip_config(theirs, hidden_act=activation), "num_attention_heads": arguments_of(part)["heads"]}
     return _config(config), with_prefix(theirs), {f"model.{name}" for name in read}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.cli.plan_count import Line, Meter, forward_amount, step_amounts
 from ldm.cli.plan_published import network_work
 from ldm.diffusion.conditioning import Conditioning
-from ldm.networks import UNet
+from ldm.networks import MicroDiT, UNet
 
 TINY: dict[str, Any] = {
     "model_channels": 32,
@@ -58,6 +58,7 @@ def saved_bytes(network: nn.Module, loss: Callable[[], Tensor]) -> int:
         ("sd1", 64, 0.8033, 2.4068, 859.52),
         ("sd2", 32, 0.1811, 0.5393, 865.91),
         ("dit_xl_2", 32, 0.2373, 0.712, 674.83),
+        ("micro_dit_xl_2", 32, 0.2381, 0.7142, 1165.44),
     ],
 )
 def test_tera_flops_and_parameters_of_an_image_are_the_known_ones(
@@ -67,6 +68,18 @@ def test_tera_flops_and_parameters_of_an_image_are_the_known_ones(
     assert work.forward / 1e12 == pytest.approx(forward, rel=1e-3)
     assert work.plain / 1e12 == pytest.approx(step, rel=1e-3)
     assert work.counts["network"] / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_what_is_not_computed_of_dropped_patches_is_not_counted() -> None:
+    """As counted in the published network, less the products with one-hot matrices by which it picks tokens."""
+    geometry = {"width": 1024, "depth": 28, "head_width": 64, "mixer_width": 768, "mixer_depth": 6, "context_dim": 1024}
+    with torch.device("meta"):
+        network = MicroDiT(4, 4, patch_size=2, drop_patches=0.75, **geometry)
+        x, t, cond = torch.zeros(1, 4, 32, 32), torch.zeros(1), Conditioning(context=torch.zeros(1, 77, 1024))
+        training = forward_amount(lambda: network.train()(x, t, cond), dtype=None)
+        sampling = forward_amount(lambda: network.eval()(x, t, cond), dtype=None)
+
+    assert (training.total, sampling.total) == (94_100_426_752, 238_137_020_416)
 
 
 def test_activations_on_meta_are_those_that_autograd_keeps_of_real_tensors() -> None:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ldm.conditioners import OpenCLIPText
+from ldm.conditioners.precomputed import text_sha256
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,27 @@ def test_the_context_is_open_clips_state_of_that_layer(
     cond = loaded(whole, layer=layer, final_norm=final_norm)({"caption": CAPTIONS})
     assert cond.mask is None and cond.vector is None
     assert relative_error(cond.context, states["text_intermediates"][index]) < 1e-5
+
+
+@torch.no_grad()
+def test_quick_gelu_is_open_clips() -> None:
+    text = {"width": 128, "heads": 2, "layers": 3}
+    vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 16, "image_size": 32}
+    quick = randomized(open_clip.CLIP(96, vision, text, quick_gelu=True))
+    expected = quick.forward_intermediates(
+        text=open_clip.tokenize(CAPTIONS), normalize_intermediates=True, intermediates_only=True
+    )["text_intermediates"][-1]
+
+    assert relative_error(loaded(quick, layer="last", quick_gelu=True)({"caption": CAPTIONS}).context, expected) < 1e-5
+    assert relative_error(loaded(quick, layer="last")({"caption": CAPTIONS}).context, expected) > 1e-4
+
+
+def test_embeddings_made_with_quick_gelu_are_told_from_others_and_those_keep_their_hash() -> None:
+    encoders = [OpenCLIPText(32, 1, 2, quick_gelu=quick) for quick in (False, True)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+
+    assert text_sha256(encoders[0]) != text_sha256(encoders[1])
+    assert "quick_gelu" not in vars(encoders[0])
 
 
 @torch.no_grad()
@@ -152,7 +174,14 @@ def test_a_hub_id_offline_is_one_line_with_the_remedy(monkeypatch: pytest.Monkey
         OpenCLIPText.load("someone/clip")
 
 
-@pytest.mark.parametrize(("name", "geometry"), [("ViT-H-14", (1024, 24, 16)), ("ViT-bigG-14", (1280, 32, 20))])
+@pytest.mark.parametrize(
+    ("name", "geometry"),
+    [
+        ("ViT-H-14", (1024, 24, 16)),
+        ("ViT-H-14-378-quickgelu", (1024, 24, 16)),
+        ("ViT-bigG-14", (1280, 32, 20)),
+    ],
+)
 def test_the_documented_geometries_are_open_clips(name: str, geometry: tuple[int, int, int]) -> None:
     text = open_clip.get_model_config(name)["text_cfg"]
     assert geometry == (text["width"], text["layers"], text["heads"])

@@ -24,6 +24,7 @@ from ldm.training.loggers import MetricsCSV
 
 MODULES = {
     "ldm": tiny_models.latent_diffusion_module,
+    "patches": tiny_models.patch_dropping_module,
     "kl": tiny_models.autoencoder_module,
     "vq": tiny_models.vq_autoencoder_module,
 }
@@ -173,6 +174,8 @@ BEGIN, STEP, SAVED, VALIDATION, EPOCH = (
         ("ldm", (STEP, 8), {"float16": True}),
         ("ldm", (STEP, 8), {"num_workers": 1}),
         ("ldm", (SAVED, 9), {"num_workers": 2, **PROCESSES}),
+        ("patches", (BEGIN, 8), {}),
+        ("patches", (STEP, 4), ACCUMULATED),
         ("kl", (STEP, 7), {}),
         ("kl", (SAVED, 6), {}),
         ("kl", (VALIDATION, 2), WHILE_SAVED),

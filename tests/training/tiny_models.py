@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ldm.autoencoders import KLAutoencoder, VQAutoencoder
-from ldm.conditioners import TextTransformer, WordTokenizer
+from ldm.conditioners import OpenCLIPText, TextTransformer, WordTokenizer
 from ldm.data import Record, write_shards
 from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
 from ldm.generation import SamplingSettings
-from ldm.networks import PatchDiscriminator, UNet
+from ldm.networks import MicroDiT, PatchDiscriminator, UNet
 from ldm.samplers import Euler, Trailing
 from ldm.training import AutoencoderModule, LatentDiffusionModule
 from ldm.training.optim import constant
@@ -94,6 +94,33 @@ def latent_diffusion_module(**options: Any) -> LatentDiffusionModule:
         "seed": 7,
     }
     return LatentDiffusionModule(**(defaults | options))
+
+
+def patch_dropping_module(**options: Any) -> LatentDiffusionModule:
+    """The same with a transformer that answers for half of the patches in training, under captions read whole."""
+    network = MicroDiT(
+        *(4, 4),
+        patch_size=2,
+        width=16,
+        depth=3,
+        head_width=8,
+        mixer_width=8,
+        mixer_depth=2,
+        context_dim=8,
+        num_experts=2,
+        drop_patches=0.5,
+    )
+    fill(network)
+    conditioner = OpenCLIPText(8, 1, 1, layer="last", quick_gelu=True, null="zeros")
+    fill(conditioner)
+    denoiser = Denoiser(
+        network,
+        schedule=schedules.EDM(sigma_data=0.9),
+        parameterization=parameterizations.EDM(),
+        weighting=weightings.EDM(sigma_data=0.9),
+        times=times.LogNormal(p_mean=-0.6, p_std=1.2),
+    )
+    return latent_diffusion_module(**({"denoiser": denoiser, "conditioner": conditioner} | options))
 
 
 def autoencoder_module(**options: Any) -> AutoencoderModule:
