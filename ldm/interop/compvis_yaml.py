@@ -152,8 +152,6 @@ def _encoder(conditioner: Conditioner) -> Any:
                 "cannot say; write format=ldm"
             )
     if isinstance(conditioner, OpenCLIPText):
-        if conditioner.quick_gelu:
-            raise ValueError("got a text encoder with quick_gelu, which CompVis's yaml cannot say; write format=ldm")
         return {"target": f"{place}.FrozenOpenCLIPEmbedder", "params": {"freeze": True, "layer": conditioner.layer}}
     if isinstance(conditioner, CLIPText):
         params: dict[str, Any] = (

@@ -206,6 +206,7 @@ def _untold(encoder: nn.Module, null: str) -> dict[str, Any]:
         return {}
     told: dict[str, Any] = {} if encoder.null_kind == null else {"null": encoder.null_kind}
     if isinstance(encoder, OpenCLIPText):
+        told |= {"quick_gelu": True} if encoder.quick_gelu else {}
         heads, width = arguments_of(encoder)["heads"], arguments_of(encoder)["width"]
         return told if heads == max(width // HEAD_WIDTH, 1) else {**told, "heads": heads}
     own = without_prefix({name.removeprefix("transformer."): tensor for name, tensor in encoder.state_dict().items()})

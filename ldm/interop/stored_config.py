@@ -108,7 +108,7 @@ def text_settings_in_file(file: WeightsFile, kinds: Sequence[str]) -> list[dict[
 
 
 def _fits(noted: Mapping[str, Any], kind: str) -> bool:
-    settings = {"clip": {"config", "padding", "null"}, "open_clip": {"heads", "null"}}.get(kind, set())
+    settings = {"clip": {"config", "padding", "null"}, "open_clip": {"heads", "null", "quick_gelu"}}.get(kind, set())
     return noted.keys() <= settings and noted.get("config", {}).keys() <= _CLIP_SETTINGS
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo
 from torch import nn
 
 from ldm.training.sharding import blocks_of
@@ -44,6 +45,8 @@ class Compilation:
             raise ValueError(
                 f"got compile=blocks with {type(network).__name__}, which has no list of blocks; choose compile=network"
             )
+        # Blocks of other widths are graphs of their own, of which torch keeps eight and runs the rest uncompiled.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, len(parts) + 8)
         for part in parts:
             part.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,15 @@ def test_what_is_written_loads_in_the_pipeline_of_its_family(tmp_path: Path, nam
     if encoder := getattr(loaded, "text_encoder", None):
         found = type(encoder).from_pretrained(tmp_path / "folder" / "text_encoder", output_loading_info=True)[1]
         assert not any(found.values()), found
+
+
+def test_a_text_encoder_is_written_with_its_gelu(tmp_path: Path) -> None:
+    save_file(tiny_state("sd2"), tmp_path / "model.safetensors")
+    model = open_model(tmp_path / "model.safetensors", prediction="v")
+    for name, quick in (("gelu", False), ("quick_gelu", True)):
+        encoder = OpenCLIPText(64, 3, 1, vocabulary_size=99, quick_gelu=quick)
+        write_diffusers(replace(model, conditioner=encoder), tmp_path / name)
+        assert json.loads((tmp_path / name / "text_encoder" / "config.json").read_text())["hidden_act"] == name
 
 
 @torch.no_grad()

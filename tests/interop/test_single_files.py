@@ -340,13 +340,13 @@ def test_what_shapes_of_several_text_encoders_do_not_tell_comes_back_too(tmp_pat
     model = open_model(saved(tmp_path, tiny_state("sdxl")))
     shared: dict[str, Any] = {"final_norm": False, "null": "empty"}
     first = CLIPText({**CLIP, "hidden_act": "gelu"}, layer=-2, **shared)
-    second = OpenCLIPText(WIDTH, 3, 4, vocabulary_size=99, pooled=True, **shared)
+    second = OpenCLIPText(WIDTH, 3, 4, vocabulary_size=99, pooled=True, quick_gelu=True, **shared)
     sizes = model.conditioner.conditioners[2]
     path = tmp_path / "both.safetensors"
     again = rewritten(replace(model, conditioner=Combined([first, second, sizes])), path).conditioner
     one, other, _ = again.conditioners
     assert (one.tower.config.hidden_act, one.null_kind) == ("gelu", "empty")
-    assert (other.arguments["heads"], other.null_kind) == (4, "empty")
+    assert (other.arguments["heads"], other.quick_gelu, other.null_kind) == (4, True, "empty")
 
 
 @pytest.mark.parametrize("noted", ["{", "[{}, {}]", "[3]", '[{"heads": 2}]', '[{"config": {"hidden_size": 3}}]'])
