@@ -13,7 +13,7 @@ class ExpertChoice(nn.Module):
 
     By a softmax over the experts each token has a share in every one. Of the N tokens of a sample each expert takes the
     capacity N / num_experts with the largest share in it, and gives what it makes of them, times their share. A token
-    gets the sum: zero, where no expert takes it.
+    gets the sum: zero, where no expert takes it. CUDA adds up in any order, unless trainer.deterministic is set.
 
     Args:
         width, hidden: of a layer.
