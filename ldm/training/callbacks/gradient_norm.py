@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.training.sharding import local, spreads_parameters
+from ldm.training.callbacks.left_out import bare, loss_scaler, unscaled_norm
+from ldm.training.sharding import spreads_parameters
 
 
 class GradientNorm(pl.Callback):
@@ -27,22 +26,16 @@ class GradientNorm(pl.Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return
-        norm = global_norm(gradients)
+        # Fused optimizers take the float16 scale off in their step, which is still to come.
+        norm = unscaled_norm(optimizer, like=gradients[0], scaler=loss_scaler(trainer))
         if spreads_parameters(trainer.strategy):
             # Each rank holds a part of every gradient.
             norm = trainer.strategy.reduce(norm.square(), reduce_op="sum").sqrt()
         pl_module.log(f"train/{_name(trainer, optimizer)}", norm)
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all entries that this rank holds, a float32 scalar on their device."""
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
-    return torch.stack([norm.float() for norm in norms]).norm()
-
-
 def _name(trainer: pl.Trainer, optimizer: Optimizer) -> str:
     if len(trainer.optimizers) == 1:
         return "gradient_norm"
-    # Lightning hands over its wrapper in manual optimisation, the optimizer itself otherwise.
-    inner = getattr(optimizer, "_optimizer", optimizer)
+    inner = bare(optimizer)
     return f"gradient_norm_{next(i for i, other in enumerate(trainer.optimizers) if other is inner)}"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ldm.training.callbacks.gradient_norm import global_norm
+from ldm.training.sharding import local
 
 
 def leave_out(optimizer: Optimizer, rejected: Tensor, *, scaler: GradScaler | None) -> None:
@@ -47,6 +47,12 @@ def unscaled_norm(optimizer: Optimizer, *, like: Tensor, scaler: GradScaler | No
     if scaler is not None and _takes_part_in_scaling(bare(optimizer)):
         return norm / current_scale(scaler)
     return norm
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all entries that this rank holds, a float32 scalar on their device."""
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
+    return torch.stack([norm.float() for norm in norms]).norm()
 
 
 def loss_scaler(trainer: pl.Trainer) -> GradScaler | None:

@@ -1,9 +1,10 @@
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.testing import assert_close
 
 from ldm.training.callbacks import GradientNorm
-from ldm.training.callbacks.gradient_norm import global_norm
+from ldm.training.callbacks.left_out import global_norm
 
 
 def test_the_norm_is_that_of_all_entries_together() -> None:
@@ -39,3 +40,15 @@ def test_each_of_two_optimizers_gets_its_own_norm(tiny, data, fit, logged) -> No
     tiny.training_step = training_step
     fit(tiny, data, [GradientNorm()], max_steps=4, log_every_n_steps=1)
     assert all(value > 0 for i in (0, 1) for value in logged(f"train/gradient_norm_{i}").values())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_float16_the_norm_is_without_the_scale_of_the_loss(tiny, data, fit, logged, fused) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        tiny.configure_optimizers = lambda: torch.optim.Adam(tiny.parameters(), lr=0.0, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        fit(tiny, data, [GradientNorm()], max_steps=1, log_every_n_steps=1, plugins=[precision])
+        found.append(logged("train/gradient_norm")[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
