@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser, Prediction, PredictionWithVariance, per_sample
+from ldm.diffusion.schedules import NO_DATA
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 """denoise(x_t (B, C, H, W), t ()) -> Prediction: all that a sampler knows of a model."""
@@ -185,7 +186,8 @@ class ClassifierGuidance(Guidance):
             alpha, sigma = (
                 factor(per_sample(times, x_t)) for factor in (denoiser.schedule.alpha, denoiser.schedule.sigma)
             )
-            if not self.interval[0] <= denoiser.schedule.ratio(t).item() <= self.interval[1] or not alpha.all():
+            within = self.interval[0] <= denoiser.schedule.ratio(t).item() <= self.interval[1]
+            if not within or bool((alpha < NO_DATA).any()):
                 return prediction
             eps = prediction.eps - self.classifier_scale * sigma * self.gradient(denoiser, x_t, times, labels)
             x_0 = (x_t - sigma * eps) / alpha

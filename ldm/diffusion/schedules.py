@@ -13,6 +13,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+# Below this factor of the data none is left: zero terminal SNR is never quite 0 on an interpolable schedule.
+NO_DATA = 1e-6
+
 
 class Schedule(ABC):
     """alpha(t) and sigma(t) for times t in [0, t_max], any shape, any float dtype.
@@ -77,7 +80,7 @@ class Schedule(ABC):
     @property
     def has_zero_terminal_snr(self) -> bool:
         """Whether no data at all is left at t_max."""
-        return self.alpha(torch.tensor(self.t_max, dtype=torch.float64)).item() < 1e-6
+        return self.alpha(torch.tensor(self.t_max, dtype=torch.float64)).item() < NO_DATA
 
 
 class DiscreteSchedule(Schedule):

@@ -14,7 +14,7 @@ from ldm.diffusion import (
     PredictionWithVariance,
 )
 from ldm.diffusion.parameterizations import V, Velocity
-from ldm.diffusion.schedules import Linear, RectifiedFlow
+from ldm.diffusion.schedules import Linear, RectifiedFlow, ScaledLinear
 from ldm.diffusion.times import Uniform
 from ldm.diffusion.weightings import Unit
 
@@ -223,6 +223,14 @@ def test_a_classifier_keeps_the_variance_and_does_nothing_where_no_data_is_left(
     guided = guidance(learning, told, told)(X, T)
     assert isinstance(guided, PredictionWithVariance)
     assert_close(guided.share, learning.answer(X, T.expand(2), told).share)
+
+
+def test_a_classifier_does_nothing_at_zero_terminal_snr_where_its_gradient_would_be_all_of_the_picture() -> None:
+    denoiser = make_denoiser()
+    denoiser.network, denoiser.schedule = Unled(), ScaledLinear(zero_terminal_snr=True)
+    end, told = torch.tensor(1.0, dtype=torch.float64), classes(0, 1)
+    guided = ClassifierGuidance(Telling(), classifier_scale=4.0)(denoiser, told, told)(X, end)
+    assert_close(guided, denoiser(X, end.expand(2), told))
 
 
 def test_a_classifier_needs_class_ids() -> None:
