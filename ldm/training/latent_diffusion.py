@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.autoencoders import Autoencoder
-from ldm.conditioners import Conditioner
+from ldm.conditioners import ClassIds, Conditioner
 from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser
 from ldm.generation import Pipeline, SamplingSettings
 from ldm.generation.encode import weights_sha256
+from ldm.networks import UNet
 from ldm.nn.weights import save_weights
 from ldm.training.compilation import Compilation, use_float8
 from ldm.training.ema import EMA
@@ -60,6 +61,9 @@ class LatentDiffusionModule(pl.LightningModule):
         sampling: how `sample` samples, unless told otherwise.
         seed: of noise, times and dropout; with a sample's position in the stream it decides all three.
 
+    Raises:
+        ValueError: settings that do not fit each other: see the messages.
+
     Attributes:
         knows_null: whether the model can do without a condition before it is trained.
     """
@@ -92,6 +96,7 @@ class LatentDiffusionModule(pl.LightningModule):
                 f"got guidance.scale={sampling.guidance.scale} with condition_dropout=0: the model never learns to "
                 "do without a condition; set model.condition_dropout=0.1, or guidance.scale=1"
             )
+        check_class_ids(denoiser.network, conditioner, condition_dropout=condition_dropout)
         self.trained = Trained(denoiser, conditioner)
         self.ema = EMA(self.trained, decay=ema_decay, offload=ema_offload, every_n_steps=ema_every_n_steps)
         if ema_offload:
@@ -282,3 +287,23 @@ class LatentDiffusionModule(pl.LightningModule):
             shutil.copyfile(source, folder / "autoencoder.safetensors")
         keep_text_files(config.get("model"), folder)
         return {"weights": path.name}
+
+
+def check_class_ids(network: nn.Module, conditioner: Conditioner, *, condition_dropout: float) -> None:
+    """Raises ValueError for ids beyond a network's table of classes, which a GPU would end in without a word."""
+    known = getattr(getattr(network, "accepted", None), "num_classes", None)
+    for part in conditioner.modules():
+        if known is None or not isinstance(part, ClassIds):
+            continue
+        if part.num_classes > known:
+            raise ValueError(
+                f"got conditioner.num_classes={part.num_classes} and network.num_classes={known}, expected a network "
+                f"that knows as many; set network.num_classes={part.num_classes}"
+            )
+        # The others' tables have a row more, or none: in them the id after the last means "no class".
+        if isinstance(network, UNet) and part.num_classes == known and condition_dropout:
+            raise ValueError(
+                f"got model.condition_dropout={condition_dropout} with {type(network).__name__} of network.num_classes="
+                f'{known}, whose table has no row for "no class", expected one more than conditioner.num_classes; set '
+                f"network.num_classes={known + 1}, or model.condition_dropout=0"
+            )
