@@ -8,11 +8,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 KEY = "made_under"
 _PIECES = "accumulated batches"
-# Of these, the samples of a step, a change makes another run of it; of all others, other last bits.
-_ANOTHER_RUN = ("global batch",)
+_SETTINGS = "optimizer settings"
+# Of these a change makes another run of it; of all others, other last bits.
+_ANOTHER_RUN = ("global batch", _SETTINGS)
+# Which kernel an optimizer runs, for which its state was made.
+_KERNELS = ("fused", "foreach", "capturable", "differentiable")
 
 
 class WhatChanged(pl.Callback):
@@ -22,11 +27,13 @@ class WhatChanged(pl.Callback):
     another order, and so weights differ in their last bits. `ldm doctor` measures by how much.
 
     With another number of accumulated batches Lightning, which counts batches, would make the first step of a part of
-    its samples: its counters are put right.
+    its samples: its counters are put right. PyTorch's optimizers take learning rate, weight decay and the like out of
+    a checkpoint: they are given those that they were built with.
     """
 
     def __init__(self) -> None:
         self._then: dict[str, Any] = {}
+        self._goes_on = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -38,16 +45,19 @@ class WhatChanged(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keeps the note until the optimizers are there."""
-        self._then = checkpoint.get(KEY) or {}
+        self._then, self._goes_on = checkpoint.get(KEY) or {}, True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what has changed, if anything has, and counts in batches of the new size."""
+        """Says what has changed, if anything has, counts in batches of the new size and sets optimizers anew."""
         then, self._then = self._then, {}
         now = circumstances(trainer)
         changed = [name for name in now if name in then and then[name] != now[name]]
-        if changed:
-            told = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in changed)
-            rank_zero_warn(f"resume: changed since the checkpoint: {told}; {consequence(changed)}")
+        told = [f"{name} {then[name]} -> {now[name]}" for name in changed]
+        if self._goes_on and (settings := set_anew(trainer)):
+            changed, told = [*changed, _SETTINGS], [*told, *settings]
+        self._goes_on = False
+        if told:
+            rank_zero_warn(f"resume: changed since the checkpoint: {', '.join(told)}; {consequence(changed)}")
         if _PIECES in changed and pl_module.automatic_optimization:
             _recount(trainer, then[_PIECES])
 
@@ -75,6 +85,39 @@ def consequence(changed: list[str]) -> str:
     if any(name in _ANOTHER_RUN for name in changed):
         return "from here on it is another run than the uninterrupted one"
     return "samples and noise are the same, weights agree to the order of summation, not bit for bit (see ldm doctor)"
+
+
+def set_anew(trainer: pl.Trainer) -> list[str]:
+    """Gives restored optimizers the settings that they were built with; returns what differed, in words."""
+    told: dict[str, None] = {}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for name, value in getattr(optimizer, "defaults", {}).items():
+                key = "initial_lr" if name == "lr" and "initial_lr" in group else name
+                if name in _KERNELS or key not in group or _plain(group[key]) == _plain(value):
+                    continue
+                told[f"{name} of {type(optimizer).__name__} {_plain(group[key])} -> {_plain(value)}"] = None
+                if name == "lr":
+                    group["lr"] = group["lr"] * value / group[key] if group[key] else value
+                group[key] = value
+    if told:
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LRScheduler):
+                _begin_at(config.scheduler, config.scheduler.optimizer)
+    return list(told)
+
+
+def _begin_at(schedule: LRScheduler, optimizer: Optimizer) -> None:
+    """Lets a schedule of the learning rate begin at its optimizer's."""
+    schedule.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if isinstance(schedule, LambdaLR):
+        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike."""
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def _recount(trainer: pl.Trainer, then: int) -> None:

@@ -2,13 +2,16 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
 from ldm.training.callbacks.what_changed import KEY, WhatChanged, consequence
+from ldm.training.optim import constant, cosine
 
 
 @pytest.fixture
@@ -52,3 +55,56 @@ def test_another_batch_means_another_run(resume: Callable[..., list[str]]) -> No
     (line,) = resume(data={"batch_size": 12})
     assert "global batch 6 -> 12; from here on it is another run" in line
     assert "another run" not in consequence(["torch"])
+
+
+SCHEDULES = {"constant": constant, "cosine": partial(cosine, num_steps=8)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_that_goes_on_takes_its_own_learning_rate_and_weight_decay(
+    schedule: str,
+    make_trainer: Callable[..., pl.Trainer],
+    make_latent_diffusion: Callable[..., Any],
+    make_data: Any,
+    tmp_path: Path,
+) -> None:
+    """PyTorch would go on with those of the checkpoint, whatever is set."""
+
+    def module(**settings: Any) -> Any:
+        return make_latent_diffusion(
+            optimizer=partial(torch.optim.AdamW, **settings), lr_schedule=SCHEDULES[schedule], ema_decay=0.0
+        )
+
+    first = make_trainer(max_steps=2, limit_val_batches=0)
+    first.fit(module(lr=1e-3, weight_decay=0.0), make_data())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    options: dict[str, Any] = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True}
+    rates = []
+    for lr in (1e-3, 5e-4):
+        model = module(lr=lr, weight_decay=0.1, betas=[0.9, 0.999])
+        again = make_trainer(max_steps=3, limit_val_batches=0, callbacks=[WhatChanged()])
+        with pytest.warns(
+            UserWarning, match="resume: changed since the checkpoint: .*weight_decay of AdamW 0.0 -> 0.1"
+        ):
+            again.fit(model, make_data(), **options)
+        (group,) = again.optimizers[0].param_groups
+        assert (group["initial_lr"], group["weight_decay"]) == (lr, 0.1)
+        rates.append(group["lr"])
+    assert rates[1] == pytest.approx(rates[0] / 2)
+
+
+def test_the_first_step_that_goes_on_has_the_learning_rate_that_is_set(
+    make_trainer: Callable[..., pl.Trainer],
+    make_latent_diffusion: Callable[..., Any],
+    make_data: Any,
+    tmp_path: Path,
+) -> None:
+    first = make_trainer(max_steps=1, limit_val_batches=0)
+    first.fit(make_latent_diffusion(), make_data())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    model = make_latent_diffusion(optimizer=partial(torch.optim.AdamW, lr=0.0))
+    before = [parameter.detach().clone() for parameter in first.lightning_module.trained.parameters()]
+    again = make_trainer(max_steps=2, limit_val_batches=0, callbacks=[WhatChanged()])
+    with pytest.warns(UserWarning, match=r"lr of AdamW 0.001 -> 0.0; from here on it is another run"):
+        again.fit(model, make_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert all(torch.equal(*pair) for pair in zip(before, model.trained.parameters(), strict=True))
