@@ -8,6 +8,10 @@ import torch.distributed as dist
 from ldm.autoencoders import Autoencoder
 from ldm.data import ShardDataModule
 
+# Encoded at once: 256 pictures of 64 x 64, 16 of 256 x 256. More would not fit where the training did.
+MAX_PIXELS = 2**20
+MAX_IMAGES = 256
+
 
 @torch.no_grad()
 def measure_latent_scale(autoencoder: Autoencoder, data: ShardDataModule) -> tuple[float, float]:
@@ -22,7 +26,9 @@ def measure_latent_scale(autoencoder: Autoencoder, data: ShardDataModule) -> tup
     autoencoder.eval()
     device = autoencoder.latent_scale.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # count, sum, sum of squares
-    for batch in data.iterate_once("train", 256):
+    assert data.resolution is not None, "only shards of images train an autoencoder"
+    batch_size = max(1, min(MAX_IMAGES, MAX_PIXELS // data.resolution**2))
+    for batch in data.iterate_once("train", batch_size):
         mean, std = autoencoder.mean_and_std(autoencoder.encode(batch["image"].to(device)))
         mean, variance = mean.double(), std.double() ** 2
         sums += torch.stack([mean.new_tensor(mean.numel()), mean.sum(), (mean**2 + variance).sum()])

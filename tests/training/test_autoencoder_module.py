@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ldm.autoencoders import KLAutoencoder
+from ldm.autoencoders import IdentityAutoencoder, KLAutoencoder
 from ldm.data import ShardDataModule
 from ldm.data.buckets import Buckets
 from ldm.training import AutoencoderModule
@@ -164,6 +164,24 @@ def test_the_measured_scale_gives_latents_zero_mean_and_unit_variance(
         moments = autoencoder.encode(images).repeat(50, 1, 1, 1)
         latents = autoencoder.to_latents(moments, noise=normal(0, torch.arange(len(moments)), (4, 8, 8)))
     assert_close(torch.stack([latents.mean(), latents.var()]), torch.tensor([0.0, 1.0]), rtol=0, atol=5e-3)
+
+
+class Counting(IdentityAutoencoder):
+    """Counts the pictures that it encodes at once."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.counts.append(len(images))
+        return super().encode(images)
+
+
+@pytest.mark.parametrize(("resolution", "counts"), [(16, [24]), (256, [16, 8]), (384, [7, 7, 7, 3])])
+def test_the_scale_is_measured_on_no_more_pixels_at_once_than_fit_wherever_training_did(
+    resolution: int, counts: list[int], make_data: MakeData
+) -> None:
+    autoencoder = Counting()
+    autoencoder.counts = []
+    measure_latent_scale(autoencoder, make_data(resolution=resolution))
+    assert autoencoder.counts == counts
 
 
 def test_the_finished_autoencoder_rebuilds_itself_with_its_scale(
