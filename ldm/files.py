@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+# What `replacing` may leave behind, as a pattern.
+REMAINS = ".*.tmp"
+
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ldm.metrics.features import as_seen, num_features_of
+from ldm.metrics.features import as_seen, describe_network, num_features_of
 from ldm.metrics.fid import frechet_distance, gaussian
 from ldm.metrics.inception_score import inception_score
 from ldm.metrics.statistics import Statistics
@@ -88,6 +88,10 @@ class DigitReport(Metric):
             self._add_distribution(row, features[chosen], logits[chosen].softmax(dim=1))
             self._add_spread(row, features[chosen & right], labels["digit"][chosen & right])
         self._add_hits(rows, right, prediction, labels)
+
+    def describe(self) -> dict[str, Any]:
+        """What goes into the protocol."""
+        return {"metric": type(self).__name__, "classifier": describe_network(self.classifier)}
 
     def compute(self) -> dict[str, float]:
         """The report; a value is NaN where no image speaks to it.

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from ldm.files import write_text
 from ldm.generation.encode import weights_sha256
-from ldm.generation.evaluation.features import FeatureStore, reference_store
+from ldm.generation.evaluation.features import PART, FeatureStore, reference_store
 from ldm.generation.evaluation.folder import (
     RESULT,
     answers,
@@ -77,7 +77,7 @@ class Evaluation:
         seed: of the first sample.
         batch_size: pictures sampled at once.
         negative_prompt: what guidance leads away from.
-        shard_size: samples of a shard.
+        shard_size: samples of a shard, and images of a part of features.
         feature_batch_size: images that a feature network sees at once.
         num_workers: processes that read images.
         split: of a data module that is the reference.
@@ -97,7 +97,7 @@ class Evaluation:
         seed: int = 0,
         batch_size: int = 250,
         negative_prompt: str = "",
-        shard_size: int = 1000,
+        shard_size: int = PART,
         feature_batch_size: int = 64,
         num_workers: int = 0,
         split: str = "validation",
@@ -194,9 +194,14 @@ class Evaluation:
         """Measures the images of a folder, zip, .npz or shards; their order pairs them with originals."""
         images = open_images(path, resolution=self.resolution)
         self.check(len(images))
-        plan = {"num_samples": len(images), "images": images.describe(), **subject.about}
+        plan = {"num_samples": len(images), "images": images.describe(), **self._parts(), **subject.about}
         keep_plan(subject.folder, plan)
         return self._measure(images, subject, plan, {})
+
+    def _parts(self) -> dict[str, int]:
+        """What decides which images a part has; the usual size goes without saying."""
+        size = self.stores["part_size"]
+        return {"shard_size": size} if size != PART else {}
 
     def originals(self) -> Images:
         """The real images, whether metrics want them or not; raises ValueError where there are none."""

@@ -20,8 +20,8 @@ from ldm.metrics import Statistics, describe_network, extract
 from ldm.metrics.fid import gaussian
 from ldm.metrics.products import add_gram_
 
-# Images of a part of real features, whatever the shards of samples, so that every evaluation finds them.
-REAL_PART = 1000
+# Images of a part. Of real ones always, whatever the shards of samples, so that every evaluation finds their features.
+PART = 1000
 
 
 class FeatureStore:
@@ -36,7 +36,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self, images: Images, folder: Path, *, part_size: int = 1000, batch_size: int = 64, num_workers: int = 0
+        self, images: Images, folder: Path, *, part_size: int = PART, batch_size: int = 64, num_workers: int = 0
     ) -> None:
         self.images, self.folder = images, folder
         self.part_size, self.batch_size, self.num_workers = part_size, batch_size, num_workers
@@ -140,7 +140,7 @@ def reference_store(images: Images, cache: Path, *, batch_size: int, num_workers
     facts = images.describe()
     identity = {name: value for name, value in facts.items() if name != "path"}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    store = FeatureStore(images, cache / name, part_size=REAL_PART, batch_size=batch_size, num_workers=num_workers)
+    store = FeatureStore(images, cache / name, part_size=PART, batch_size=batch_size, num_workers=num_workers)
     store.__dict__["facts"] = facts
     note = store.folder / "description.json"
     if not note.is_file():

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.files import replacing, write_text
+from ldm.files import REMAINS, replacing, write_text
 from ldm.generation.evaluation.images import Images
 from ldm.generation.postprocess import grid
 
@@ -82,7 +82,7 @@ def clear(folder: Path) -> None:
 def remove_remains(folder: Path) -> None:
     """Removes what killed processes had begun to write: when all tasks are done, nobody else writes."""
     for place in (folder / name for name in BULK):
-        for part in place.rglob(".*.part"):
+        for part in place.rglob(REMAINS):
             part.unlink(missing_ok=True)
 
 

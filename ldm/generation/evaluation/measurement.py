@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from ldm.files import replacing
 from ldm.generation.evaluation.features import FeatureStore
+from ldm.generation.evaluation.folder import digest
 from ldm.generation.evaluation.images import RESERVED
 from ldm.generation.evaluation.workers import Task
 from ldm.metrics import feed, figures, network_key, network_of
@@ -24,8 +25,9 @@ class Measurement:
     """Metrics of generated images, beside real ones where a metric wants them.
 
     A metric with `see` is fed with features, which a `FeatureStore` holds. Of any other the state after each part is
-    kept in folder/sums, and the states are added up; where a metric's states do not add up, it sees all images at the
-    end. Parts have fixed borders and are taken in order, so a value has the same bits whoever computed the parts.
+    kept in folder/sums, by what the protocol says of the metric and of the originals that it saw, and the states are
+    added up; where a metric's states do not add up, it sees all images at the end. Parts have fixed borders and are
+    taken in order, so a value has the same bits whoever computed the parts.
 
     Args:
         metrics: by name.
@@ -46,6 +48,7 @@ class Measurement:
         self.metrics, self.generated, self.real = metrics, generated, real
         self.folder, self.device = folder, device
         self._scores: dict[str, list[float]] = {}
+        self._digests: dict[str, str] = {}
         for metric in metrics.values():
             # What is computed here is computed from all images: there is nothing to gather from other ranks.
             metric.distributed_available_fn = lambda: False
@@ -128,7 +131,9 @@ class Measurement:
         return Task(f"{name}-{side}-{part:05d}.lock", path.is_file, run)
 
     def _sums(self, name: str, side: str, part: int) -> Path:
-        return self.folder / "sums" / name / f"{side}-{part:05d}.pt"
+        if name not in self._digests:
+            self._digests[name] = digest(self.protocol(name))
+        return self.folder / "sums" / f"{name}-{self._digests[name]}" / f"{side}-{part:05d}.pt"
 
     @torch.no_grad()
     def _show(self, metric: Any, store: FeatureStore, part: int, *, is_real: bool) -> None:

@@ -14,6 +14,8 @@ import pytest
 from evaluation_worker import NUM_SAMPLES, SHARD, evaluate
 from PIL import Image
 
+from ldm.files import REMAINS
+
 TIMES = ("seconds_sampling", "seconds_measuring")
 
 
@@ -73,7 +75,7 @@ def test_killed_and_then_finished_by_two_processes_it_has_the_same_bits(whole, r
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())
     assert hashes(folder) == hashes(whole)
     assert report(folder) == report(whole)
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob(REMAINS))
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])

@@ -1,0 +1,78 @@
+"""An evaluation in the folder of another: what is on disk serves where it is the same, and nowhere else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_worker import Judge
+from PIL import Image
+
+from ldm.files import replacing
+from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.folder import BULK, remove_remains
+from ldm.generation.evaluation.workers import FreeWorkers
+from ldm.metrics import DigitReport, FrechetDistance, ReconstructionQuality
+from ldm.networks import DigitClassifier
+
+
+def write(folder: Path, *, count: int = 15, seed: int = 0, side: int = 12) -> Path:
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def measure(images: Path, folder: Path, metrics: dict, **options) -> dict[str, float]:
+    """The figures of a folder of images."""
+    options = {"shard_size": 10, "reference_cache": folder.parent / "cache"} | options
+    subject = Subject(folder, torch.device("cpu"), {}, FreeWorkers())
+    found = Evaluation(metrics=metrics, **options).of_images(images, subject)
+    return {name: value for name, value in found.items() if not name.startswith("seconds")}
+
+
+class Labelled(DigitReport):
+    """A report on pictures without labels: all are said to be the same."""
+
+    def update(self, images: torch.Tensor, real: bool) -> None:
+        names = ("digit", "ink", "paper", "held_out", "scan")
+        super().update(images, dict.fromkeys(names, torch.zeros(len(images), dtype=torch.int64)), real)
+
+
+def test_originals_of_another_folder_are_not_taken_for_the_first_ones(tmp_path: Path) -> None:
+    images = write(tmp_path / "images")
+    first, second = write(tmp_path / "first", seed=1), write(tmp_path / "second", seed=2)
+    figures = [
+        measure(images, tmp_path / place, {"quality": ReconstructionQuality()}, reference=real)
+        for place, real in (("one", first), ("one", second), ("other", second))
+    ]
+    assert figures[1] == figures[2] != figures[0]
+
+
+def test_digits_are_judged_anew_by_another_judge(tmp_path: Path) -> None:
+    images = write(tmp_path / "images", side=32)
+    judged = []
+    for place, seed in (("one", 1), ("one", 2), ("other", 2)):
+        torch.manual_seed(seed)
+        report = Labelled(DigitClassifier([[0, 0, 0], [255, 255, 255]], width=8, feature_dim=4))
+        judged.append(measure(images, tmp_path / place, {"digits": report}, reference=images)["digits/inception_score"])
+    assert judged[1] == judged[2] != judged[0]
+
+
+def test_features_of_parts_of_another_size_are_refused(tmp_path: Path) -> None:
+    images, real = write(tmp_path / "images", side=8), write(tmp_path / "real", seed=1, side=8)
+    measure(images, tmp_path / "one", {"fid": FrechetDistance(Judge())}, reference=real, shard_size=10)
+    with pytest.raises(ValueError, match="an evaluation with shard_size=10, expected 5"):
+        measure(images, tmp_path / "one", {"more": FrechetDistance(Judge())}, reference=real, shard_size=5)
+
+
+def test_what_a_killed_process_had_begun_is_removed_when_all_is_measured(tmp_path: Path) -> None:
+    left = []
+    for name in BULK:
+        with pytest.raises(KeyboardInterrupt), replacing(tmp_path / name / "part" / "00000.npy") as temporary:
+            left.append(temporary)
+            raise KeyboardInterrupt
+    for path in left:  # as a process leaves it that has no time to clean up
+        path.write_bytes(b"half")
+    remove_remains(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
