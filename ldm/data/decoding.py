@@ -15,6 +15,8 @@ from ldm.data.embeddings import FLIPPED, TEXT, decode_embeddings
 # Everything that is ever read out of a shard; other members are left alone, so nothing is unpickled or run.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (*IMAGE_SUFFIXES, "npy", "txt", "json", "cls", FLIPPED, TEXT)
+# What Pillow calls their formats.
+FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 2**26
 # A member above these is refused before it is read, so that no sample takes memory without bound.
 MAX_BYTES = {**dict.fromkeys((*IMAGE_SUFFIXES, "npy", FLIPPED, TEXT), 2**27), "txt": 2**20, "json": 2**22, "cls": 64}
@@ -44,12 +46,12 @@ class OversizedError(ValueError):
     """A member has more bytes than are ever read."""
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes into an upright RGB image; transparency is laid on white.
+def decode_image(content: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Decode bytes, of JPEG, PNG or WebP unless told others, into an upright RGB image; transparency is laid on white.
 
     Raises ImageBombError for an image above MAX_PIXELS, before it is decoded, and whatever Pillow raises for a bad one.
     """
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+    with Image.open(io.BytesIO(content), formats=formats) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ImageBombError(f"got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
         image.load()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import zipfile
 import zlib
 from bisect import bisect_right
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm.data.decoding import FORMATS, decode_image
 from ldm.data.shards import IMAGE_SUFFIXES, ShardReader, decode, index_shard, resolve_shards
 from ldm.data.transforms import resize_and_crop
 from ldm.data.worker_signals import WorkerLoader
@@ -121,9 +121,12 @@ class FolderImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """As in `Images`."""
         file = self.files[index]
-        text = file.with_suffix(".txt")
-        prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
-        return {"image": to_levels(read_bytes(file.read_bytes(), str(file)), self.resolution), "prompt": prompt}
+        return {"image": to_levels(read_bytes(file.read_bytes(), str(file)), self.resolution), **self.row(index)}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The prompt alone, without decoding the image."""
+        text = self.files[index].with_suffix(".txt")
+        return {"prompt": text.read_text(encoding="utf-8").strip() if text.is_file() else ""}
 
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
@@ -150,7 +153,12 @@ class ZipImages:
             content = self._zip.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"got {self.path}: {name}, which is damaged ({error}); write the zip again") from error
-        return {"image": to_levels(read_bytes(content, f"{self.path}: {name}"), self.resolution), "prompt": ""}
+        picture = read_bytes(content, f"{self.path}: {name}")
+        return {"image": to_levels(picture, self.resolution), **self.row(index)}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """No prompt."""
+        return {"prompt": ""}
 
     def __getstate__(self) -> dict[str, Any]:
         # An open file does not travel to a worker.
@@ -188,7 +196,11 @@ class ArrayImages:
             pixels = np.frombuffer(stream.read(size), dtype=np.uint8).reshape(shape[1:])
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise ValueError(f"got {self.path}, which is damaged at image {index} ({error}); write it again") from error
-        return {"image": to_levels(pixels, self.resolution), "prompt": ""}
+        return {"image": to_levels(pixels, self.resolution), **self.row(index)}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """No prompt."""
+        return {"prompt": ""}
 
     def __getstate__(self) -> dict[str, Any]:
         # An open file does not travel to a worker.
@@ -346,10 +358,9 @@ def to_levels(picture: Image.Image | np.ndarray, resolution: int | None) -> torc
 
 
 def read_bytes(content: bytes, name: str) -> Image.Image:
-    """The RGB picture of a file's bytes; raises ValueError, naming it, for what is none."""
+    """The RGB picture of a file's bytes, as shards hold it; raises ValueError, naming it, for what is none."""
     try:
-        with Image.open(io.BytesIO(content)) as file:
-            return file.convert("RGB")
+        return decode_image(content, formats=(*FORMATS, "BMP"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"got {name}, which cannot be read as a picture; remove or repair it") from error
 

@@ -15,6 +15,7 @@ from PIL import Image
 from ldm.autoencoders import KLAutoencoder, VQAutoencoder
 from ldm.data import ShardDataModule
 from ldm.generation.evaluation.evaluate import Evaluation, Subject
+from ldm.generation.evaluation.features import FeatureStore
 from ldm.generation.evaluation.images import SplitImages, batches, open_images
 from ldm.generation.evaluation.prompts import own_prompts, read_prompts
 from ldm.generation.evaluation.reconstruction import evaluate_reconstructions, reconstruct, with_codes
@@ -101,6 +102,27 @@ def test_a_folder_a_zip_an_array_and_shards_hold_the_same_images_in_any_number_o
         assert torch.cat([batch["image"] for batch in found]).equal(expected[2:]), name
         assert torch.cat([batch["index"] for batch in found]).tolist() == [2, 3, 4, 5, 6]
     assert open_images(tmp_path / "made.npz", resolution=8)[0]["image"].shape == (3, 8, 8)
+
+
+def test_turned_and_transparent_pictures_are_the_same_in_a_folder_as_in_shards(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(levels).save(tmp_path / "folder" / "0.png")
+    Image.fromarray(levels[..., :3]).save(tmp_path / "folder" / "1.jpg", exif=turned)
+    with tarfile.open(tmp_path / "made.tar", "w") as tar:
+        for file in sorted((tmp_path / "folder").iterdir()):
+            tar.add(file, file.name)
+    found, expected = open_images(tmp_path / "folder"), open_images(tmp_path / "made.tar")
+    assert expected[1]["image"].shape == (3, 16, 12)
+    assert all(found[i]["image"].equal(expected[i]["image"]) for i in range(2))
+
+
+def test_prompts_are_read_without_decoding_the_pictures(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"none")
+    (tmp_path / "0.txt").write_text("a cat\n")
+    assert FeatureStore(open_images(tmp_path), tmp_path).rows(0)["prompt"] == ["a cat"]
 
 
 def test_images_of_several_sizes_come_in_batches_of_one(tmp_path: Path) -> None:
