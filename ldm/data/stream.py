@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class ShardStream:
         A batch's places in the run's stream are given here, so that they are the same with any number of workers.
         """
         per_rank = batch_size // world_size
-        worker = _Batches(self, per_rank, (self.seed, position, rank))
+        worker = _Batches(self, per_rank, (self.seed, position, rank), step=batch_size)
         loader: WorkerLoader[Read] = WorkerLoader(
             worker, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
         )
@@ -191,34 +192,37 @@ class ShardStream:
 
 
 class _Batches(IterableDataset[Read]):
-    """One worker's batches, without end."""
+    """One worker's batches, without end; `step` is how far in the run's stream one is from the next."""
 
-    def __init__(self, stream: ShardStream, size: int, draws: tuple[int, ...]) -> None:
+    def __init__(self, stream: ShardStream, size: int, draws: tuple[int, ...], *, step: int) -> None:
         self.stream = stream
         self.size = size
         self.draws = draws
+        self.step = step
 
     def __iter__(self) -> Iterator[Read]:
         worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
         read = Read()
 
         def note(fault: Fault) -> None:
             self.stream.check(fault)
             read.faults.append((0, fault))
 
-        raws = self.stream.raw_samples((*self.draws, worker.id if worker else 0), note)
-        while True:
+        raws = self.stream.raw_samples((*self.draws, first), note)
+        for number in count(first, every):  # the loader takes a batch of each worker in turn
+            epoch = (self.draws[1] + number * self.step) // len(self.stream)
             try:
-                read.batch = self.stream.assemble((self._good(raws, read) for _ in range(self.size)), self.size)
+                goods = (self._good(raws, read, epoch) for _ in range(self.size))
+                read.batch = self.stream.assemble(goods, self.size)
             except Exception as error:  # told by the process that trains
                 read.failure = error
             yield Read(read.batch, list(read.faults), read.failure)
             read.batch = None
             read.faults.clear()
 
-    def _good(self, raws: Iterator[RawSample], read: Read) -> Item:
-        """Return the next sample that can be read."""
-        epoch = self.draws[1] // len(self.stream)
+    def _good(self, raws: Iterator[RawSample], read: Read, epoch: int) -> Item:
+        """Return the next sample that can be read, as it is in an epoch."""
         for _ in range(MAX_BAD_IN_A_ROW):
             raw = next(raws)
             try:

@@ -49,6 +49,15 @@ def test_a_resumed_stream_says_so_and_reads_on_with_other_samples(write_noise: W
     assert later != whole[6:]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_epoch_of_a_stream_draws_anew(write_noise: WriteNoise, num_workers: int) -> None:
+    data = make_data(write_noise(1), **stream(epoch_samples=8), flip=True)
+    batches = data.dataset("train").batches(0, batch_size=8, rank=0, world_size=1, num_workers=num_workers)
+    epochs = [next(batches).batch["image"] for _ in range(8)]
+    assert all(images.eq(images[:1]).all() for images in epochs)  # of one sample, which is mirrored or not
+    assert len({tuple(images[0].flatten().tolist()) for images in epochs}) == 2
+
+
 def test_ranks_have_as_many_steps_and_read_different_samples(write_noise: WriteNoise) -> None:
     data = make_data(write_noise(23), **stream())
     ranks = [data.dataset("train").batches(40, batch_size=8, rank=rank, world_size=2, num_workers=0) for rank in (0, 1)]
