@@ -113,7 +113,8 @@ class ShardDataset(Dataset[Item]):
         plain = copy(self)
         plain.pictures = self.pictures.unaugmented()
         plain.buckets = plain.bucket_of = None
-        if not self.pictures.is_plain or self.buckets is not None:
+        reads_mirrored = self.payload == "moments" and self.pictures.flip
+        if not self.pictures.is_plain or self.buckets is not None or reads_mirrored:
             plain._cache = None if self._cache is None else {}
         return plain
 
@@ -147,11 +148,16 @@ class ShardDataset(Dataset[Item]):
                 yield other
 
     def annotation(self, index: int) -> tuple[str, Item]:
-        """Return a sample's caption and its json, without decoding its picture."""
+        """Return a sample's caption and columns as a pass reads them, without decoding its picture."""
         shard, sample = self._locate(index)
-        decoded = decode(self.shards[shard], sample, self._reader, suffixes=["txt", "json"])
-        row = decoded.get("json", {})
-        return str(decoded.get("txt", row.get("caption") or "")), row
+        decoders = TEXT_DECODERS[self.bad_text]
+        decoded = decode(self.shards[shard], sample, self._reader, suffixes=["txt", "json", "cls"], decoders=decoders)
+        row = _row(decoded)
+        caption = self._captions(decoded.get("txt"), row)
+        if self.captions is not None:
+            caption = self.captions.choose(caption, index=index, epoch=0)
+        spelt = {column: self._spelt(column, row) for column in self.columns}
+        return caption, {column: row[name] for column, name in spelt.items() if name is not None}
 
     def __getitem__(self, place: tuple[int, int, int]) -> Item:
         item = self.read(place)
@@ -205,9 +211,8 @@ class ShardDataset(Dataset[Item]):
             load = self.pictures.loader(self.target(index), keep=self._cache is not None)
             decoders |= dict.fromkeys(IMAGE_SUFFIXES, load)
         decoded = decode(self.shards[shard], sample, self._reader, suffixes=suffixes, decoders=decoders)
-        row, text = _row(decoded), decoded.get("txt")
-        caption = str(row.get("caption") or "") if text is None else text
-        item: Item = {"caption": self.captions.candidates(text, row) if self.captions is not None else caption}
+        row = _row(decoded)
+        item: Item = {"caption": self._captions(decoded.get("txt"), row)}
         item |= {column: self._number(row, column, index) for column in self.json_columns}
         if self.payload == "image":
             picture = next(decoded[suffix] for suffix in IMAGE_SUFFIXES if suffix in decoded)
@@ -215,6 +220,12 @@ class ShardDataset(Dataset[Item]):
         self._check_encoder(row, index)
         item |= {"moments": decoded["npy"], **batch_arrays(decoded.get(TEXT, {}))}
         return {"item": item, "flipped": decoded.get(FLIPPED)}
+
+    def _captions(self, text: str | None, row: Item) -> Any:
+        """Return a sample's caption, or the candidates of which one is chosen."""
+        if self.captions is not None:
+            return self.captions.candidates(text, row)
+        return str(row.get("caption") or "") if text is None else text
 
     @property
     def json_columns(self) -> tuple[str, ...]:

@@ -122,6 +122,25 @@ def test_the_cache_changes_no_batch(write_noise: WriteNoise) -> None:
             torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
 
 
+def test_a_pass_through_cached_latents_leaves_training_its_mirrored_ones(tmp_path: Path) -> None:
+    arrays = [(name, encode_npy(np.full((8, 2, 2), i, np.float32))) for i, name in enumerate(("0.npy", "0.flip.npy"))]
+    write_tar(tmp_path / "0.tar", [*arrays, ("0.json", b'{"encoder_sha256": "abc"}')])
+    dataset = ShardDataset(tmp_path, flip=True, cache=True)
+    assert dataset.unaugmented()[0, 0, 0]["moments"].unique().tolist() == [0]
+    assert {dataset[0, 0, epoch]["moments"].mean().item() for epoch in range(8)} == {0, 1}
+
+
+def test_an_annotation_says_what_a_pass_reads(tmp_path: Path) -> None:
+    row = json.dumps({"long": ["a cat asleep", "a sleeping cat"], "AESTHETIC_SCORE": 5.5}).encode()
+    members = [("0.png", encode(Image.new("RGB", (8, 8)))), ("0.txt", b"cat"), ("0.json", row), ("0.cls", b"3")]
+    write_tar(tmp_path / "0.tar", members)
+    dataset = ShardDataset(tmp_path, resolution=8, columns=["cls", "aesthetic"], captions={"long": 1}).unaugmented()
+    item = dataset[0, 0, 0]
+    assert dataset.annotation(0) == (item["caption"], {"cls": 3, "aesthetic": 5.5})
+    assert (item["cls"], item["aesthetic"]) == (3, 5.5)
+    assert len(item["caption"]) > len("cat")
+
+
 def test_cached_samples_are_not_read_again(write_noise: WriteNoise) -> None:
     folder = write_noise(10)
     dataset = ShardDataset(folder, resolution=8, cache=True)

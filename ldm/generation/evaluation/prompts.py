@@ -57,8 +57,8 @@ def caption_prompts(data: Any, split: str = "validation") -> Prompts:
     if hasattr(dataset, "annotation"):
         found = []
         for index in range(len(dataset)):
-            caption, row = dataset.annotation(index)
-            found.append({"prompt": caption, **{name: row[name] for name in dataset.columns if name in row}})
+            caption, columns = dataset.annotation(index)
+            found.append({"prompt": caption, **columns})
         return found
     return [{"prompt": caption} for batch in data.iterate_once(split, 256) for caption in batch.get("caption", ())]
 
