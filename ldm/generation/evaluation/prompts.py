@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,13 +32,14 @@ def read_prompts(path: Path | str) -> Prompts:
             f"prompts: got {path}, where there is no file; expected .txt, .csv, .tsv, .json, .jsonl"
         )
     try:
+        # Of which `io.StringIO` gives the lines: `str.splitlines` would break them at characters that captions hold.
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: got {path}, which is no UTF-8 text ({error}); save it as UTF-8") from error
     if file.suffix == ".txt":
-        rows: Sequence[Any] = [line.strip() for line in text.splitlines() if line.strip()]
+        rows: Sequence[Any] = [line.strip() for line in io.StringIO(text) if line.strip()]
     elif file.suffix in (".csv", ".tsv"):
-        rows = list(csv.DictReader(text.splitlines(), delimiter="," if file.suffix == ".csv" else "\t"))
+        rows = list(csv.DictReader(io.StringIO(text), delimiter="," if file.suffix == ".csv" else "\t"))
     elif file.suffix in (".json", ".jsonl"):
         rows = _json_rows(text, file)
     else:
@@ -79,7 +81,7 @@ def own_prompts(conditioner: Conditioner) -> Prompts | None:
 def _json_rows(text: str, file: Path) -> Sequence[Any]:
     try:
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in io.StringIO(text) if line.strip()]
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"prompts: got {file}, which is no JSON ({error}); write it again") from error

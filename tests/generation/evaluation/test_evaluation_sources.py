@@ -54,6 +54,22 @@ def test_lines_and_lists_of_texts_are_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("p.txt", "a cat,\u2028asleep\na\x85dog\n", ["a cat,\u2028asleep", "a\x85dog"]),
+        ("p.csv", "caption\na cat\u2028asleep\na\x0cdog\n", ["a cat\u2028asleep", "a\x0cdog"]),
+        ("p.csv", 'caption\n"a cat\nasleep"\na dog\n', ["a cat\nasleep", "a dog"]),
+        ("p.jsonl", '{"text": "a cat\u2028asleep"}\r\n{"text": "a dog"}\r\n', ["a cat\u2028asleep", "a dog"]),
+    ],
+)
+def test_what_unicode_calls_a_line_break_is_part_of_a_prompt(
+    name: str, text: str, prompts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text, newline="")
+    assert [row["prompt"] for row in read_prompts(tmp_path / name)] == prompts
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("p.txt", "\n", "which holds none"),
