@@ -20,7 +20,7 @@ from ldm.data.buckets import Buckets
 from ldm.data.captions import TEXT as CAPTION_FILE
 from ldm.data.captions import CaptionChoice
 from ldm.data.content import SIZE_COLUMNS, Derived, Pictures, size_values
-from ldm.data.decoding import TEXT_DECODERS
+from ldm.data.decoding import TEXT_DECODERS, row_of
 from ldm.data.embeddings import FLIPPED, HASH, TEXT, batch_arrays
 from ldm.data.faults import Fault
 from ldm.data.indices import ShardIndices
@@ -152,7 +152,7 @@ class ShardDataset(Dataset[Item]):
         shard, sample = self._locate(index)
         decoders = TEXT_DECODERS[self.bad_text]
         decoded = decode(self.shards[shard], sample, self._reader, suffixes=["txt", "json", "cls"], decoders=decoders)
-        row = _row(decoded)
+        row = row_of(decoded)
         caption = self._captions(decoded.get("txt"), row)
         if self.captions is not None:
             caption = self.captions.choose(caption, index=index, epoch=0)
@@ -211,7 +211,7 @@ class ShardDataset(Dataset[Item]):
             load = self.pictures.loader(self.target(index), keep=self._cache is not None)
             decoders |= dict.fromkeys(IMAGE_SUFFIXES, load)
         decoded = decode(self.shards[shard], sample, self._reader, suffixes=suffixes, decoders=decoders)
-        row = _row(decoded)
+        row = row_of(decoded)
         item: Item = {"caption": self._captions(decoded.get("txt"), row)}
         item |= {column: self._number(row, column, index) for column in self.json_columns}
         if self.payload == "image":
@@ -362,7 +362,7 @@ class ShardDataset(Dataset[Item]):
         """Yield the json of a shard's samples, empty where there is none, without those that cannot be read."""
         for sample in range(len(self.shards[shard])):
             with suppress(CorruptSampleError):
-                yield _row(decode(self.shards[shard], sample, self._reader, suffixes=["json", "cls"]))
+                yield row_of(decode(self.shards[shard], sample, self._reader, suffixes=["json", "cls"]))
 
     def _check_encoder(self, row: Item, index: int) -> None:
         for name, what in (("encoder_sha256", "moments"), (HASH, "text embeddings")):
@@ -373,11 +373,6 @@ class ShardDataset(Dataset[Item]):
                     f"expected {str(expected)[:12]} as in the others; encode all shards with the same",
                     kind="foreign_moments",
                 )
-
-
-def _row(decoded: Item) -> Item:
-    """Return what a sample says of itself: its json, and its class where that is a member of its own."""
-    return {name: decoded[name] for name in ("cls",) if name in decoded} | dict(decoded.get("json", {}))
 
 
 def collate(items: Sequence[Item]) -> Item:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -111,6 +111,11 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "json": decode_json,
     "cls": int,  # a class by number, as webdataset writes it
 }
+
+
+def row_of(decoded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a sample says of itself: its json, and its class where that is a member of its own."""
+    return {name: decoded[name] for name in ("cls",) if name in decoded} | dict(decoded.get("json", {}))
 
 
 def replace_text(content: bytes) -> str:

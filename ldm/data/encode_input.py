@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ldm.data.content import crop_values
-from ldm.data.decoding import TEXT_DECODERS
+from ldm.data.decoding import TEXT_DECODERS, row_of
 from ldm.data.faults import Fault
 from ldm.data.jpeg import decode_pixels
 from ldm.data.kept import KeptSamples
@@ -115,10 +115,10 @@ def read_picture(
         return Fault(shard, key, "no_image", f"got {sorted(members)}, expected an image")
     decoders = {**TEXT_DECODERS[reading.bad_text], suffix: decode_pixels}
     try:
-        decoded = decode(index, sample, reader, suffixes=[suffix, "txt", "json"], decoders=decoders)
+        decoded = decode(index, sample, reader, suffixes=[suffix, "txt", "json", "cls"], decoders=decoders)
     except CorruptSampleError as error:
         return Fault(shard, key, error.kind, error.reason)
-    (image, size), row = decoded[suffix], decoded.get("json", {})
+    (image, size), row = decoded[suffix], row_of(decoded)
     if not image.flags.writeable:  # Pillow's own memory, which torch warns of
         image = image.copy()
     caption = str(decoded.get("txt", row.get("caption") or ""))

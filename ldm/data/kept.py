@@ -150,7 +150,7 @@ class KeptWriter:
 
 
 class KeptSamples:
-    """The samples that `ldm data filter` kept, by shard."""
+    """The samples that `ldm data filter` kept, by shard; `sha256` says which choice it is."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Raises FileNotFoundError where there is no finished result of a filter, ValueError for a broken one."""
@@ -161,7 +161,9 @@ class KeptSamples:
                 f"data.filter: got {self.folder}, where there is no {KEPT}, expected the out=... of `ldm data filter`"
             )
         try:
-            entries = json.loads(path.read_bytes())["shards"]
+            content = path.read_bytes()
+            self.sha256 = hashlib.sha256(content).hexdigest()
+            entries = json.loads(content)["shards"]
             self._entries = {entry["digest"]: entry for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"data.filter: got a broken {path} ({error}); run `ldm data filter` again") from error

@@ -23,6 +23,7 @@ from ldm.conditioners.precomputed import embedded, null_bytes, text_sha256, toke
 from ldm.data.encode_input import Picture, Reading, decoded_batches
 from ldm.data.encoded import EncodedSample, EncodedShard, read_note, write_manifest
 from ldm.data.faults import Fault
+from ldm.data.kept import KeptSamples
 from ldm.files import write_bytes
 from ldm.generation.executors import Local
 from ldm.nn.fingerprint import weights_sha256 as weights_sha256
@@ -41,6 +42,7 @@ class Splits(Protocol):
     bad_text: str
     bad_shards: str
     missing_caption: str
+    captions: Any
     remote: Any
 
 
@@ -102,12 +104,13 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Source:
-    """One input shard: its split, its number in it, and the folder of a filter whose choice counts."""
+    """One input shard: its split, its number in it, and the folder of a filter whose choice, by its hash, counts."""
 
     split: str
     number: int
     path: Path
     kept: str | None = None
+    choice: str | None = None
 
     @property
     def name(self) -> str:
@@ -170,7 +173,8 @@ class EncodeWork:
     def stated(self, target: str, source: Source) -> dict[str, Any]:
         """What a task's note must say: the target's facts, the settings that decide bytes, and the very input."""
         settings = {name: value for name, value in asdict(self.settings).items() if name != "readers"}
-        given = {**self.reading.identity(source.path), "kept": source.kept}
+        kept = None if source.kept is None else {"folder": source.kept, "sha256": source.choice}
+        given = {**self.reading.identity(source.path), "kept": kept}
         return {**self.facts[target], "settings": settings, "source": given}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,14 +189,20 @@ def prepare(
     Writes the null condition of a text encoder beside the shards, where training with dropped conditions finds it.
 
     Raises:
-        ValueError: a target has the name of a split.
+        ValueError: a target has the name of a split, or captions that training would choose are to be encoded once.
     """
     encoders = load()
     facts = make_facts(encoders, settings)
     if clash := set(encoders.targets) & set(data.paths):
         raise ValueError(f"targets: got {sorted(clash)}, the name of a split, expected another name")
+    if encoders.text is not None and data.captions:
+        raise ValueError(
+            f"data.captions: got {dict(data.captions)} with a text encoder, which encodes a sample's .txt or its "
+            "json's caption alone, expected null; leave data.captions out, or encode pictures alone: conditioner=null"
+        )
+    kept = (str(data.filter), KeptSamples(data.filter).sha256) if data.filter else (None, None)
     sources = [
-        Source(split, number, Path(path), str(data.filter) if data.filter and split == "train" else None)
+        Source(split, number, Path(path), *(kept if split == "train" else ()))
         for split, paths in data.paths.items()
         for number, path in enumerate(paths)
     ]

@@ -1,7 +1,9 @@
 """Encoded shards hold what the encoders say of each sample, and are the same bytes however they came to be."""
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,6 +251,41 @@ def test_samples_that_cannot_be_read_are_left_out_and_told(images: ShardDataModu
         for c in b["caption"]
     ]
     assert captions == [f"train {i}" for i in range(11) if i != 5]
+
+
+def test_classes_of_members_of_their_own_go_with_the_latents(images: ShardDataModule, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train/00000.tar", "a") as tar:
+        for i in range(5):
+            member = tarfile.TarInfo(f"{i:09d}.cls")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"%d" % (9 - i)))
+    (tmp_path / "train/manifest.json").unlink()
+    encode_dataset(make_autoencoder(), images, tmp_path / "latents", settings=SMALL)
+    latents = ShardDataModule(tmp_path / "latents/train/00000.tar", batch_size=4, columns=["cls"]).dataset("train")
+    assert [latents[i, i, 0]["cls"] for i in range(5)] == [9, 8, 7, 6, 5]
+
+
+def test_what_another_filter_kept_in_the_same_folder_is_encoded_anew(
+    make_images: Callable[..., ShardDataModule], tmp_path: Path
+) -> None:
+    make_images()
+    done = []
+    for where in ("number < 2", "number < 2", "number < 3"):
+        if not done or where == "number < 3":
+            filter_shards(tmp_path / "train", Filter(where), tmp_path / "kept")
+        work = prepare(Load(text=False), make_images(filter=tmp_path / "kept"), tmp_path / "latents", settings=SMALL)
+        done.append(work.is_done(0))
+        work.do(0)
+    assert done == [False, True, False]
+
+
+def test_captions_that_training_would_choose_are_not_encoded_once(
+    make_images: Callable[..., ShardDataModule], tmp_path: Path
+) -> None:
+    chosen = make_images(captions={"long": 1.0})
+    with pytest.raises(ValueError, match=r"data\.captions: got {'long': 1.0} with a text encoder, .* expected null"):
+        prepare(Load(), chosen, tmp_path / "latents", settings=SMALL)
+    assert prepare(Load(text=False), chosen, tmp_path / "latents", settings=SMALL).num_tasks
 
 
 def test_a_filter_chooses_what_is_encoded(make_images: Callable[..., ShardDataModule], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.decoding import FORMATS, decode_image
+from ldm.data.decoding import FORMATS, decode_image, row_of
 from ldm.data.shards import IMAGE_SUFFIXES, ShardReader, decode, index_shard, resolve_shards
 from ldm.data.transforms import resize_and_crop
 from ldm.data.worker_signals import WorkerLoader
@@ -26,6 +26,7 @@ from ldm.metrics import quantize
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Prompts and labels go by these names in a batch, and so no label may.
+_OF_A_ROW = ("txt", "json", "cls")
 RESERVED = ("image", "index", "prompt")
 
 
@@ -85,7 +86,7 @@ class ShardImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """As in `Images`; raises ValueError, naming shard and key, for what cannot be read."""
         shard, sample = self._locate(index)
-        decoded = decode(shard, sample, self.reader, suffixes=[*IMAGE_SUFFIXES, "txt", "json"])
+        decoded = decode(shard, sample, self.reader, suffixes=[*IMAGE_SUFFIXES, *_OF_A_ROW])
         picture = next((decoded[suffix] for suffix in IMAGE_SUFFIXES if suffix in decoded), None)
         if picture is None:
             raise ValueError(f"{shard.path}: {shard.keys[sample]} holds no image, expected one in every sample")
@@ -94,7 +95,7 @@ class ShardImages:
     def row(self, index: int) -> dict[str, Any]:
         """Prompt and labels alone, without decoding the image."""
         shard, sample = self._locate(index)
-        return _row(decode(shard, sample, self.reader, suffixes=["txt", "json"]))
+        return _row(decode(shard, sample, self.reader, suffixes=_OF_A_ROW))
 
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
@@ -381,7 +382,7 @@ def check_file(path: Path, expected: str) -> None:
 
 
 def _row(decoded: Mapping[str, Any]) -> dict[str, Any]:
-    row = decoded.get("json", {})
+    row = row_of(decoded)
     given = row.get("labels") if isinstance(row.get("labels"), dict) else row
     labels = {name: value for name, value in given.items() if isinstance(value, int | float) and name not in RESERVED}
     prompt = row.get("prompt") or decoded.get("txt") or row.get("caption") or ""
