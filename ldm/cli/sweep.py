@@ -21,7 +21,7 @@ from ldm.cli.compose import compose_command, hydra_options
 from ldm.cli.console import heading, rank, say
 from ldm.cli.errors import Interrupted, RunFailed, UserError, did_you_mean, user_mistakes
 from ldm.cli.provenance import redact, redact_override
-from ldm.cli.run_folder import RunFolder, digest, locked
+from ldm.cli.run_folder import RunFolder, locked
 from ldm.cli.sweep_space import Choice, Parameter, check_free, override, read_space
 
 # Settings of the sweep itself; every other override is its trials'.
@@ -46,6 +46,7 @@ def sweep(config: DictConfig, overrides: Sequence[str]) -> None:
     check_settings(config)
     parameters = read_space(_plain(config, "space"))
     base = trial_overrides(overrides)
+    check_runs(config)
     check_free(parameters, base)
     check_keys(parameters, base)
     # Optuna takes half a second to import, and is an extra.
@@ -91,6 +92,24 @@ def check_settings(config: DictConfig) -> None:
         raise UserError("ldm sweep starts its trials itself; run it alone, and give launcher='torchrun ...'")
 
 
+def check_runs(config: DictConfig) -> None:
+    """Refuses what would give all trials one folder, or a trial another folder each time that it is looked for.
+
+    Raises:
+        UserError: got, expected, remedy.
+    """
+    if config.run_id is not None:
+        raise UserError(
+            f"run_id: got {config.run_id}, which all trials would share, expected none: a trial's is made of its "
+            "settings; name=NAME names them all, and sweep_id=NAME the sweep"
+        )
+    if config.resume == "never":
+        raise UserError(
+            "resume: got never, expected auto, or a checkpoint: a sweep finds a trial's run by its settings; name=NAME "
+            "trains all of them anew"
+        )
+
+
 def trial_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides that are for the trials, not for the sweep."""
     own = (*GROUPS, *SETTINGS)
@@ -115,10 +134,10 @@ def sweep_folder(config: DictConfig, parameters: Sequence[Parameter], base: Sequ
     """`<paths.runs>/<name>_sweep/<sweep id>`: the same experiment, space and objective have the same folder."""
     from ldm.cli.sweep_study import fingerprint
 
-    trial = RunFolder.of(compose_command("train", base), command="train").config
+    trial = RunFolder.of(compose_command("train", base), command="train")
     search = OmegaConf.to_container(config.search)
-    made = fingerprint(digest(trial), parameters, search, config.objective, config.direction, config.take, config.seed)
-    return Path(trial.paths.runs) / f"{trial.name}_sweep" / str(config.sweep_id or made)
+    made = fingerprint(trial.settings, parameters, search, config.objective, config.direction, config.take, config.seed)
+    return Path(trial.config.paths.runs) / f"{trial.config.name}_sweep" / str(config.sweep_id or made)
 
 
 def command_prefix(config: DictConfig) -> list[str]:

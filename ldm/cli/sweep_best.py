@@ -21,6 +21,8 @@ from ldm.cli.provenance import redact
 _SEARCH_PATH = "hydra.searchpath="
 # Of the command line, not of the experiment.
 _NOT_KEPT = ("paths", "run_id", "run_dir", "resume")
+# Groups that are laid over an experiment, which cannot override them: it begins from theirs instead.
+_LAID_OVER = ("debug",)
 
 
 def write_best(folder: Path, overrides: Sequence[str], *, title: str) -> Path:
@@ -37,14 +39,20 @@ def write_best(folder: Path, overrides: Sequence[str], *, title: str) -> Path:
     return path
 
 
-def deletions(overrides: Sequence[str]) -> list[str]:
-    """Overrides that take a setting away, which no experiment can say: they stay on the command line."""
-    return [item for item in overrides if item.startswith("~") and not _is_group(item[1:].partition("=")[0])]
+def beside_the_experiment(overrides: Sequence[str]) -> list[str]:
+    """Overrides that stay on the command line: where runs are, and what takes a setting away."""
+    kept = []
+    for item in overrides:
+        key = item.lstrip("+~").partition("=")[0]
+        is_deletion = item.startswith("~") and not _is_group(key)
+        if is_deletion or key.partition(".")[0] in _NOT_KEPT:
+            kept.append(item)
+    return kept
 
 
 def best_command(folder: Path, hydra_options: Sequence[str], overrides: Sequence[str]) -> str:
     """The command that trains `best.yaml`; configs that lay elsewhere join through Hydra's search path."""
-    words = ["ldm", "train", "--config-dir", str(folder), "experiment=best", *deletions(overrides)]
+    words = ["ldm", "train", "--config-dir", str(folder), "experiment=best", *beside_the_experiment(overrides)]
     elsewhere = [f"file://{value}" for option, value in pairwise(hydra_options) if option == "--config-dir"]
     for item in hydra_options:
         if item.startswith(_SEARCH_PATH):
@@ -73,7 +81,10 @@ def _group_overrides(parsed: Sequence[Override]) -> Iterator[Any]:
         if _is_group(group) and group != "experiment":
             place = f"/{group}@{item.package}" if item.package else f"/{group}"
             value = None if item.is_delete() else item.value()
-            yield {place: value} if item.is_add() else {f"override {place}": value}
+            if group in _LAID_OVER:
+                yield {f"/{group}@_global_": value}
+            else:
+                yield {place: value} if item.is_add() else {f"override {place}": value}
 
 
 def _is_group(key: str) -> bool:

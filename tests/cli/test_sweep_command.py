@@ -161,6 +161,27 @@ def test_groups_and_choices_reach_best_yaml(
     assert "keep" not in config["callback"]["checkpoint"]
 
 
+def test_best_yaml_of_a_debugged_sweep_elsewhere_is_the_very_run_of_the_best_trial(
+    sweep: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(RATE, "num_trials=1", "paths.runs=else where", "debug=fast", "trainer.max_steps=7") == 0
+    words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    said = subprocess.run(
+        [*STAND_IN.split(), *words[1:]], env=environment(), check=True, capture_output=True, text=True
+    )
+    assert "finished before, nothing to do" in said.stdout
+    assert len(list(folder.glob("else where/toy/*"))) == 1 and not (folder / "runs").exists()
+
+
+def test_a_sweep_that_was_moved_is_the_same_sweep(
+    sweep: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(RATE, "num_trials=1") == 0
+    (folder / "runs").rename(folder / "moved")
+    assert sweep(RATE, "num_trials=2", "paths.runs=moved") == 0
+    assert "1 of 2 trials done" in capsys.readouterr().out
+
+
 def test_two_trials_of_one_run_share_it(sweep: Callable[..., int], folder: Path) -> None:
     space = "+space.model.learning_rate=[0.001,0.002]"
     assert sweep(space, "num_trials=3", "num_workers=3", "model.seconds_per_step=0.05") == 0
@@ -191,6 +212,8 @@ def test_what_the_trials_require_runs_once(sweep: Callable[..., int], folder: Pa
             [RATE, "direction=minimise"],
             "direction: got minimise, expected minimize or maximize; did you mean minimize?",
         ),
+        ([RATE, "run_id=mine"], "run_id: got mine, which all trials would share"),
+        ([RATE, "resume=never"], "resume: got never, expected auto, or a checkpoint"),
         ([RATE, "num_trials=0"], "num_trials: got 0, expected a whole number from 1 on"),
         ([RATE, "devices=['0','1']"], "devices: got 2 for num_workers=1"),
         ([RATE, "+submitit.timeout_min=3"], "submitit: got settings without backend=submitit"),
