@@ -171,15 +171,19 @@ def render_overrides(job: DictConfig) -> list[str]:
 
 def fill(job: DictConfig, folder: RunFolder, *, words: Sequence[str]) -> None:
     """Puts what templates ask for, and no command line sets, into the launch's settings."""
-    # The training resolves what is an interpolation in its overrides, not the template.
-    job.words = [word.replace("${", r"\${") for word in words]
-    job.command = shlex.join(words).replace("${", r"\${")
+    job.words = [escaped(word) for word in words]
+    job.command = escaped(shlex.join(words))
     job.job = job_name(f"{folder.path.parent.name}-{folder.path.name}")
     job.processes = job.nodes * job.gpus_per_node
     job.gpus = None if folder.config.trainer.accelerator == "cpu" else job.gpus_per_node
     job.folder, job.runs = str(Path.cwd()), str(folder.config.paths.runs)
     if job.out:
         job.template.file = str(job.out)
+
+
+def escaped(text: str) -> str:
+    """A text that resolves to itself: what is an interpolation in an override is the training's, not the template's."""
+    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
 
 
 def job_name(text: str) -> str:

@@ -53,7 +53,7 @@ def _text(text: str, job: DictConfig) -> Any:
     if not kept:
         return None
     value = OmegaConf.select(OmegaConf.merge(job, {"_text_": "".join(kept)}), "_text_", throw_on_missing=True)
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _asks_for_null(line: str, job: DictConfig) -> bool:
@@ -64,7 +64,7 @@ def _asks_for_null(line: str, job: DictConfig) -> bool:
 def _python(key: str, *, _root_: DictConfig) -> str:
     """A setting as Python reads it."""
     value = _root_[key]
-    return repr(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    return repr(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
 
 
 class _Blocks(yaml.SafeDumper):

@@ -1,5 +1,6 @@
 """`ldm launch`: what each launcher's file says, that it starts what it says, and what is refused before."""
 
+import ast
 import os
 import shlex
 import subprocess
@@ -231,6 +232,34 @@ def test_a_trainjob_has_fields_that_kubeflow_knows_and_its_torchrun_takes_its_pl
     assert (place.nnodes, place.nproc_per_node, place.node_rank) == ("2", "8", 1)
     assert (place.master_addr, place.master_port, place.training_script) == ("first", 29400, "ldm.cli.main")
     assert place.training_script_args[0] == "train"
+
+
+def words_of_ray(text: str) -> list[str]:
+    """The training's words in the program that Ray runs."""
+    nodes = {node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)}
+    command = nodes["COMMAND"]
+    assert isinstance(command, ast.List) and isinstance(command.elts[-1], ast.Starred)
+    return list(ast.literal_eval(command.elts[-1].value))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["launch=python"], training),
+        (["launch=kubeflow", "image=ours"], lambda text: yaml.safe_load(text)["spec"]["trainer"]["args"]),
+        (["launch=ray"], words_of_ray),
+    ],
+    ids=["shell", "yaml", "python"],
+)
+def test_every_sign_of_an_override_reaches_the_training_as_it_was_typed(
+    launch: Callable[..., str], settings: list[str], words: Callable[[str], list[str]]
+) -> None:
+    typed = [
+        *("data.size=${oc.env:SIZE,8}", '+extra.note="a, \'b\' = `c` $HOME"', "+extra.own={x: 1, y: [2, 3]}"),
+        *(r"+extra.escaped=\${seed}", r'+extra.twice="\\${seed}"', r"+extra.path=C:\runs"),
+    ]
+    found = words(launch(*settings, "experiment=toy", *typed))
+    assert [word for word in found if word in typed] == typed
 
 
 @pytest.mark.slow
