@@ -71,16 +71,35 @@ def card_names() -> list[str]:
     return found
 
 
-def card_node(file: Path) -> Any:
-    """The node `card` of a yaml file as plain values, over those of the experiments that it begins from; or None."""
-    content = _content(file, file.stat().st_mtime_ns)
+def card_node(file: Path, *, loader: type[Any] | None = None) -> Any:
+    """The node `card` of a yaml file as plain values, over those of the experiments that it begins from; or None.
+
+    Args:
+        loader: of yaml; None reads numbers as OmegaConf does.
+    """
+    content = _content(file, file.stat().st_mtime_ns, loader or _Loader)
     own = content.get("card")
     if not isinstance(own, dict):
         return own
     node: dict[str, Any] = {}
     for base in _bases(file, content):
-        node = _merged(node, card_node(base) or {})
+        node = _merged(node, card_node(base, loader=loader) or {})
     return _merged(node, own)
+
+
+def printed_figure(experiment: str, row: str, figure: str, value: float) -> str:
+    """A published figure with the digits that its card writes, 3.60 rather than 3.6.
+
+    Args:
+        experiment: whose card it is.
+        row: a name of its `rows`, or "" for the card's own.
+        figure: a name in `published`.
+        value: of the figure, which the command line may have changed.
+    """
+    node = card_node(card_file(experiment), loader=yaml.BaseLoader) or {}
+    own = (node.get("rows") or {}).get(row) or {}
+    text = (own.get("published") or node.get("published") or {}).get(figure)
+    return text if isinstance(text, str) and float(text) == value else str(value)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -93,8 +112,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _content(file: Path, changed: int) -> dict[str, Any]:
-    content = yaml.load(file.read_text(), Loader=_Loader)
+def _content(file: Path, changed: int, loader: type[Any]) -> dict[str, Any]:
+    content = yaml.load(file.read_text(), Loader=loader)
     return content if isinstance(content, dict) else {}
 
 

@@ -148,9 +148,10 @@ def latents_of(stage: Any) -> tuple[int, int]:
 
 
 def decimals(printed: float | str) -> int:
-    """Decimals of a number as printed: 1 of 55.3, 0 of 274."""
+    """Decimals of a number as printed: 1 of 55.3, 0 of 274; of text 2 of 1.10 and 1 of 8.0."""
     text = str(printed)
-    return 0 if "e" in text.lower() else len(text.partition(".")[2].rstrip() if not text.endswith(".0") else "")
+    is_whole = not isinstance(printed, str) and text.endswith(".0")
+    return 0 if "e" in text.lower() or is_whole else len(text.partition(".")[2].rstrip())
 
 
 def as_printed(value: float, printed: float | str) -> str:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from ldm.cli.cards import printed_figure
 from ldm.cli.chain import run_chain, shown
-from ldm.cli.compose import compose_command
+from ldm.cli.compose import compose_command, is_number
 from ldm.cli.console import CHECK_FAILED, heading, rank, say, show
 from ldm.cli.ema import averaged
 from ldm.cli.errors import RunFailed, UserError, user_mistakes
@@ -56,17 +58,19 @@ def reproduce(config: DictConfig, overrides: Sequence[str]) -> None:
 
     Raises:
         UserError: the experiment has no card, or a setting is wrong.
-        RunFailed: training failed, or a figure is worse than published.
+        RunFailed: training failed, or a figure is worse than published, or none was measured.
     """
     card = card_of(config)
     settings = config[OWN]
     check_settings(settings)
+    # A mistake in it shows now, and not behind weeks of training.
+    rows = chosen_rows(card, settings.rows)
     base = [item for item in overrides if item.lstrip("+~").partition("=")[0].partition(".")[0] != OWN]
     folder = run_chain("train", compose_command("train", base), base)
     if rank():
         return
     verdicts, told = [], []
-    for name, row in chosen_rows(card, settings.rows):
+    for name, row in rows:
         evaluations = evaluate_row(folder, row, settings)
         verdicts += judged(name, row, evaluations, settings)
         told += differences(name, row, evaluations)
@@ -100,8 +104,11 @@ def check_settings(settings: DictConfig) -> None:
         raise UserError(f"reproduce.seeds: got {settings.seeds}, expected at least 1; 3 make an interval")
     if not 0 < settings.confidence < 1:
         raise UserError(f"reproduce.confidence: got {settings.confidence}, expected between 0 and 1, such as 0.95")
-    if settings.tolerance is not None and not settings.tolerance >= 0:
-        raise UserError(f"reproduce.tolerance: got {settings.tolerance}, expected a share from 0 on")
+    tolerance, count = settings.tolerance, settings.num_samples
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
+        raise UserError(f"reproduce.tolerance: got {tolerance}, expected a share from 0 on")
+    if count is not None and not (is_number(count) and isinstance(count, int) and count > 0):
+        raise UserError(f"reproduce.num_samples: got {count}, expected a positive integer")
 
 
 def chosen_rows(card: Card, asked: Any) -> list[tuple[str, Card]]:
@@ -110,7 +117,7 @@ def chosen_rows(card: Card, asked: Any) -> list[tuple[str, Card]]:
     Raises:
         UserError: there is no such row.
     """
-    names = list(card.rows) if asked == "all" else list(asked or [])
+    names = list(card.rows) if asked == "all" else [asked] if isinstance(asked, str) else list(asked or [])
     with user_mistakes():
         rows = [("", card), *((name, card.row(name)) for name in names)]
     found = []
@@ -171,8 +178,9 @@ def judged(name: str, row: Card, evaluations: Sequence[Path], settings: DictConf
         values = [value for one in opened if (value := one.figure(figure)) is not None]
         if values:
             higher = is_higher_better(figure, opened[0].metrics)
+            printed = printed_figure(HydraConfig.get().runtime.choices["experiment"], name, figure, float(published))
             verdict = judge(
-                published, values, higher=higher, confidence=settings.confidence, tolerance=settings.tolerance
+                printed, values, higher=higher, confidence=settings.confidence, tolerance=settings.tolerance
             )
             found.append(Verdict(name or "card", figure, float(published), **verdict))
         elif opened:
@@ -181,15 +189,18 @@ def judged(name: str, row: Card, evaluations: Sequence[Path], settings: DictConf
 
 
 def judge(
-    published: float, values: Sequence[float], *, higher: bool, confidence: float, tolerance: float | None
+    printed: float | str, values: Sequence[float], *, higher: bool, confidence: float, tolerance: float | None
 ) -> dict[str, Any]:
     """The interval of a figure, and whether it reaches what was published.
 
     The interval is Student's around the mean of the evaluations. A figure passes that is no worse than published by
     more than the tolerance, at the good end of its interval; half of the last printed digit is always allowed.
+
+    Args:
+        printed: the published figure; text keeps the zeros behind it.
     """
-    mean, half = statistics.fmean(values), half_width(values, confidence)
-    allowed = 0.5 * 10 ** -decimals(published) if tolerance is None else tolerance * abs(published)
+    published, mean, half = float(printed), statistics.fmean(values), half_width(values, confidence)
+    allowed = max(0.5 * 10 ** -decimals(printed), (tolerance or 0) * abs(published))
     sign = 1 if higher else -1
     shortfall = sign * (published - mean)
     verdict = "FAIL" if not shortfall - half <= allowed else "BETTER" if shortfall + half < -allowed else "PASS"
@@ -229,7 +240,7 @@ def finish(folder: RunFolder, card: Card, verdicts: Sequence[Verdict], told: Seq
     """Prints and writes down the verdicts.
 
     Raises:
-        RunFailed: a figure is worse than published, and the run is not a miniature.
+        RunFailed: a figure is worse than published, or none was measured, and the run is not a miniature.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, head in enumerate(("figure", "row", "published", "measured", "interval", "verdict")):
@@ -249,6 +260,8 @@ def finish(folder: RunFolder, card: Card, verdicts: Sequence[Verdict], told: Seq
     failed = [one.figure for one in verdicts if one.verdict == "FAIL"]
     if folder.config.get("scale"):
         say("this was a miniature, whose verdicts mean nothing", style="yellow")
+    elif not verdicts:
+        raise RunFailed("no published figure was measured, so that nothing was judged", CHECK_FAILED)
     elif failed:
         raise RunFailed(
             f"{len(failed)} of {len(verdicts)} figures are worse than published: {', '.join(failed)}", CHECK_FAILED

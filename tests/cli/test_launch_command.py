@@ -255,7 +255,7 @@ def test_every_sign_of_an_override_reaches_the_training_as_it_was_typed(
     launch: Callable[..., str], settings: list[str], words: Callable[[str], list[str]]
 ) -> None:
     typed = [
-        *("data.size=${oc.env:SIZE,8}", '+extra.note="a, \'b\' = `c` $HOME"', "+extra.own={x: 1, y: [2, 3]}"),
+        *("data.size=${oc.env:SIZE,8}", "+extra.note=\"a, 'b' = `c` $HOME\"", "+extra.own={x: 1, y: [2, 3]}"),
         *(r"+extra.escaped=\${seed}", r'+extra.twice="\\${seed}"', r"+extra.path=C:\runs"),
     ]
     found = words(launch(*settings, "experiment=toy", *typed))

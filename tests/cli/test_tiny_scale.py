@@ -9,11 +9,14 @@ from cli_helpers import only, read_json
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
+from ldm.cli.cards import printed_figure
 from ldm.cli.compose import compose_command, conf_folder
-from ldm.cli.errors import UserError
+from ldm.cli.errors import RunFailed, UserError
 from ldm.cli.main import main
-from ldm.cli.reproduce import half_width, judge
+from ldm.cli.reproduce import finish, half_width, judge
 from ldm.cli.reproduce_evaluation import option_of, sampling_words
+from ldm.cli.run_folder import RunFolder
+from ldm.generation.report import Card
 
 
 @pytest.fixture
@@ -60,6 +63,22 @@ def test_a_figure_passes_where_its_interval_reaches_what_was_published() -> None
     assert verdict([5.115]) == "PASS" and verdict([5.12]) == "FAIL" and verdict([5.10]) == "BETTER"
     assert verdict([5.3, 5.31, 5.32]) == "FAIL" and verdict([5.3, 5.31, 5.32], tolerance=0.05) == "PASS"
     assert verdict([5.3, 5.31, 5.32], higher=True) == "BETTER" and verdict([float("nan")]) == "FAIL"
+    # Half of the last printed digit may be missing, however small the tolerance.
+    assert verdict([5.115], tolerance=0.0) == "PASS" and verdict([5.12], tolerance=0.0) == "FAIL"
+
+
+def test_a_zero_at_the_end_of_a_published_figure_is_a_printed_digit(hydra: None) -> None:
+    printed = printed_figure("paper/ldm4_ffhq", "", "recall", 0.5)
+    assert printed == "0.50" and printed_figure("paper/ldm4_ffhq", "", "recall", 0.6) == "0.6"
+    assert judge(printed, [0.496], higher=True, confidence=0.95, tolerance=None)["verdict"] == "PASS"
+    assert judge(printed, [0.48], higher=True, confidence=0.95, tolerance=None)["verdict"] == "FAIL"
+
+
+def test_where_nothing_was_judged_reproducing_fails(folder: Path) -> None:
+    run = RunFolder(folder, "train", OmegaConf.create({}), "settings")
+    card = Card(citation="somebody", table="table 1", published={"fid": 5.11}, protocol={"steps": 1})
+    with pytest.raises(RunFailed, match="nothing was judged"):
+        finish(run, card, [], [])
 
 
 @pytest.mark.slow
@@ -101,6 +120,10 @@ def test_mistakes_are_one_line_each(
         lambda: "quickstart, which has no paper card" in fails(),
         lambda: "reproduce.seeds: got 0, expected at least 1" in fails("ldm4_ffhq", "reproduce.seeds=0"),
         lambda: "reproduce.confidence: got 2, expected between" in fails("ldm4_ffhq", "reproduce.confidence=2"),
+        lambda: "reproduce.tolerance: got small, expected a share" in fails("ldm4_ffhq", "reproduce.tolerance=small"),
+        lambda: "num_samples: got 0, expected a positive" in fails("ldm4_ffhq", "reproduce.num_samples=0"),
+        # Before anything is trained, that is, although data/ffhq is not there.
+        lambda: "got the row scale_2, expected scale_1_25" in fails("ldm4_imagenet", "reproduce.rows=scale_2"),
     ]
     assert all(check() for check in checks)
 
