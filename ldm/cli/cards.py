@@ -77,7 +77,8 @@ def card_node(file: Path, *, loader: type[Any] | None = None) -> Any:
     Args:
         loader: of yaml; None reads numbers as OmegaConf does.
     """
-    content = _content(file, file.stat().st_mtime_ns, loader or _Loader)
+    reads_with: Any = loader or _Loader
+    content = _content(file, file.stat().st_mtime_ns, reads_with)
     own = content.get("card")
     if not isinstance(own, dict):
         return own

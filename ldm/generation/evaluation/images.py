@@ -383,7 +383,8 @@ def check_file(path: Path, expected: str) -> None:
 
 def _row(decoded: Mapping[str, Any]) -> dict[str, Any]:
     row = row_of(decoded)
-    given = row.get("labels") if isinstance(row.get("labels"), dict) else row
+    own = row.get("labels")
+    given = own if isinstance(own, dict) else row
     labels = {name: value for name, value in given.items() if isinstance(value, int | float) and name not in RESERVED}
     prompt = row.get("prompt") or decoded.get("txt") or row.get("caption") or ""
     return {"prompt": str(prompt).strip() if "txt" in decoded and "prompt" not in row else str(prompt), **labels}

@@ -88,23 +88,28 @@ def consequence(changed: list[str]) -> str:
 
 
 def set_anew(trainer: pl.Trainer) -> list[str]:
-    """Gives restored optimizers the settings that they were built with; returns what differed, in words."""
-    told: dict[str, None] = {}
+    """Gives restored optimizers the settings that they were built with; returns what differed, in words.
+
+    Several groups of parameters, which may have settings of their own, keep those of the checkpoint.
+    """
+    told: list[str] = []
     for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            for name, value in getattr(optimizer, "defaults", {}).items():
-                key = "initial_lr" if name == "lr" and "initial_lr" in group else name
-                if name in _KERNELS or key not in group or _plain(group[key]) == _plain(value):
-                    continue
-                told[f"{name} of {type(optimizer).__name__} {_plain(group[key])} -> {_plain(value)}"] = None
-                if name == "lr":
-                    group["lr"] = group["lr"] * value / group[key] if group[key] else value
-                group[key] = value
+        if len(optimizer.param_groups) > 1:
+            continue
+        (group,) = optimizer.param_groups
+        for name, value in getattr(optimizer, "defaults", {}).items():
+            key = "initial_lr" if name == "lr" and "initial_lr" in group else name
+            if name in _KERNELS or key not in group or _plain(group[key]) == _plain(value):
+                continue
+            told.append(f"{name} of {type(optimizer).__name__} {_plain(group[key])} -> {_plain(value)}")
+            if name == "lr":
+                group["lr"] = group["lr"] * value / group[key] if group[key] else value
+            group[key] = value
     if told:
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LRScheduler):
                 _begin_at(config.scheduler, config.scheduler.optimizer)
-    return list(told)
+    return list(dict.fromkeys(told))  # two optimizers of a kind say the same
 
 
 def _begin_at(schedule: LRScheduler, optimizer: Optimizer) -> None:
