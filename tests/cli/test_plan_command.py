@@ -69,8 +69,11 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert len(said.strip().splitlines()) == 1
 
 
-def test_an_autoencoder_is_planned_with_both_of_its_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "experiment=digits_autoencoder"]) == 0
+@pytest.mark.parametrize("experiment", ["digits_autoencoder", "paper/vq_f4"])
+def test_an_autoencoder_is_planned_with_both_of_its_networks(
+    experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", f"experiment={experiment}"]) == 0
     said = capsys.readouterr().out
     assert "discriminator" in said and "GPU-hours" in said
 
