@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,10 @@ class AutoencoderModule(pl.LightningModule):
         optimizers[1]._on_before_step = optimizers[1]._on_after_step = _count_nothing
         self.manual_backward(self.loss(batch))
         num_active = 2 if self.adversary_is_active else 1
-        for optimizer, lr_schedule in list(zip(optimizers, lr_schedules, strict=True))[:num_active]:
-            optimizer.step()
-            lr_schedule.step()
+        with one_scale(self.trainer):
+            for optimizer, lr_schedule in list(zip(optimizers, lr_schedules, strict=True))[:num_active]:
+                optimizer.step()
+                lr_schedule.step()
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.num_steps += 1
@@ -236,5 +238,23 @@ def chosen_weight(autoencoder: Autoencoder, **weights: float | None) -> float:
     return PUBLISHED_WEIGHTS[name] if weight is None else weight
 
 
+@contextmanager
+def one_scale(trainer: pl.Trainer) -> Iterator[None]:
+    """Keeps the float16 scale of the loss as it is until all optimizers have stepped.
+
+    Lightning moves it behind each, so that the next one would take another scale off than the backward pass put on.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        yield
+        return
+    scaler.update = _count_nothing
+    try:
+        yield
+    finally:
+        del scaler.update  # the class's own is seen again
+    scaler.update()
+
+
 def _count_nothing() -> None:
-    """Takes the place of Lightning's hook that counts an optimizer's steps."""
+    """Takes the place of what Lightning calls behind each optimizer's step."""

@@ -98,6 +98,24 @@ def test_the_adversary_starts_at_its_step(
     assert changed == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_float16_both_networks_step_by_the_scale_of_their_one_backward_pass(
+    fused: bool, make_autoencoder_module: MakeModule, make_data: MakeData, make_trainer: MakeTrainer
+) -> None:
+    """Also where the scale grows in that step."""
+    moved = {}
+    for growth in (1.5, 4.0):
+        sgd = partial(torch.optim.SGD, lr=1e-3, fused=fused)
+        module = make_autoencoder_module(adversarial_start=0, optimizer=sgd, discriminator_optimizer=sgd)
+        before = [parameter.detach().clone() for parameter in module.parameters()]
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_factor=growth, growth_interval=1)
+        precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        make_trainer(max_steps=1, limit_val_batches=0, plugins=[precision]).fit(module, make_data())
+        moved[growth] = [new.detach() - old for new, old in zip(module.parameters(), before, strict=True)]
+        assert scaler.get_scale() == growth
+    assert_close(moved[1.5], moved[4.0], rtol=0, atol=0)
+
+
 def test_each_learning_rate_follows_its_schedule_by_the_steps_of_its_optimizer(
     make_autoencoder_module: MakeModule, make_data: MakeData, make_trainer: MakeTrainer
 ) -> None:
