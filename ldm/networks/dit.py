@@ -70,7 +70,7 @@ class DiT(nn.Module):
         super().__init__()
         self.accepted = AcceptedConditions(context_dim, num_classes, vector_dim)
         self.in_channels = in_channels
-        self.patch_size = patch_size
+        self.patch_size = self.downsampling_factor = patch_size
         self.width = width
         self.learned_variance = learned_variance
         self.checkpoint_blocks = checkpoint_blocks
@@ -88,7 +88,7 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Map x (B, C, H, W) at network times t (B,) under cond to (B, out_channels, H, W), or twice as many."""
         self.accepted.check(cond)
-        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.patch_size)
+        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.downsampling_factor)
         rows, columns = (size // self.patch_size for size in x.shape[-2:])
         tokens = self._tokens(x, rows, columns)
         vector = self.t_embedder(t, x.dtype)

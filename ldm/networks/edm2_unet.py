@@ -82,7 +82,7 @@ class EDM2UNet(nn.Module):
             attends=attending_levels(len(widths), attention_resolutions),
             only_last_attends=False,
         )
-        self.in_channels = in_channels
+        self.in_channels, self.downsampling_factor = in_channels, self.plan.downsampling_factor
         self.checkpoint_blocks = checkpoint_blocks
         self.accepted = AcceptedConditions(None, num_classes, None)
         self.embedding = _Embedding(widths[0], max(widths), num_classes)
@@ -102,7 +102,7 @@ class EDM2UNet(nn.Module):
         H and W are multiples of 2^(levels - 1). Raises ValueError when cond does not fit the network.
         """
         self.accepted.check(cond)
-        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.plan.downsampling_factor)
+        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.downsampling_factor)
         emb = self.embedding(t, cond, x.dtype)
         h = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = [h]

@@ -79,7 +79,7 @@ class EDMUNet(nn.Module):
             only_last_attends=True,
         )
         settings = _BlockSettings(4 * model_channels, resample_filter, dropout)
-        self.plan = plan
+        self.plan, self.downsampling_factor = plan, plan.downsampling_factor
         self.in_channels = in_channels
         self.checkpoint_blocks = checkpoint_blocks
         self.accepted = AcceptedConditions(None, num_classes, None)
@@ -101,7 +101,7 @@ class EDMUNet(nn.Module):
         H and W are multiples of 2^(levels - 1). Raises ValueError when cond does not fit the network.
         """
         (self.accepted if cond.context is None else self.accepted_augmented).check(cond)
-        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.plan.downsampling_factor)
+        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.downsampling_factor)
         emb = self.embedding(t, cond, x.dtype)
         h, skips = self._encoded(x, emb)
         for block, plan in zip(self.decoder, self.plan.decoder(), strict=True):

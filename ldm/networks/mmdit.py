@@ -67,7 +67,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"got self_attention_blocks {self_attention_blocks}, expected 0 to the depth, {depth}")
         self.accepted = AcceptedConditions(context_dim, None, vector_dim)
         self.in_channels = in_channels
-        self.patch_size = patch_size
+        self.patch_size = self.downsampling_factor = patch_size
         self.width = width
         self.max_positions = max_positions
         self.position_step = 1.0 if base_positions is None else base_positions / max_positions
@@ -92,7 +92,7 @@ class MMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Map x (B, C, H, W) at network times t (B,) under cond to (B, out_channels, H, W)."""
         self.accepted.check(cond)
-        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.patch_size)
+        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.downsampling_factor)
         rows, columns = (size // self.patch_size for size in x.shape[-2:])
         image = self._tokens(x, rows, columns)
         text = self.context_embedder(cond.context)

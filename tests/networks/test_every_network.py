@@ -191,6 +191,13 @@ def test_a_size_that_does_not_divide_is_refused(name: str) -> None:
 
 
 @EVERY
+def test_a_network_says_what_it_divides_sizes_by(name: str) -> None:
+    network = CASES[name].build()
+    with pytest.raises(ValueError, match=f"expected multiples of {network.downsampling_factor};"):
+        network(seeded(3, 4, 8, 7), TIMES, CASES[name].cond())
+
+
+@EVERY
 def test_bfloat16_autocast_stays_close_to_float32(name: str) -> None:
     network = perturbed(CASES[name].build(), scale=0.1).eval()
     x = seeded(3, 4, 8, 8)

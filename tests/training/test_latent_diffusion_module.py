@@ -14,7 +14,7 @@ from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser, Guidance, parameterizations, schedules, times, weightings
 from ldm.generation import SamplingSettings
 from ldm.generation.encode import encode_dataset
-from ldm.networks import EDM2UNet
+from ldm.networks import DiT, EDM2UNet
 from ldm.nn.magnitude_preserving import UnitWeight
 from ldm.samplers import Euler, Trailing
 from ldm.training import LatentDiffusionModule
@@ -280,3 +280,12 @@ def test_it_trains_on_moments_of_its_own_autoencoder_and_on_no_others(
         ValueError, match=r"got latent shards of the autoencoder .* encode the images with it: ldm data encode"
     ):
         make_trainer(max_steps=1).fit(module, moments)
+
+
+def test_pictures_of_a_size_that_patches_do_not_divide_are_refused_before_training(
+    make_latent_diffusion: MakeModule, make_data: MakeData, make_trainer: MakeTrainer
+) -> None:
+    module = make_latent_diffusion(conditioner=Unconditional())
+    module.trained.denoiser.network = DiT(4, 4, patch_size=2, width=8, depth=1, num_heads=1)
+    with pytest.raises(ValueError, match=r"got data\.resolution=18, expected a multiple of 4.*set data\.resolution=16"):
+        make_trainer(max_steps=1).fit(module, make_data(resolution=18))
