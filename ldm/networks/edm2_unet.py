@@ -164,7 +164,7 @@ class _Embedding(nn.Module):
 
 
 class _Uncertainty(nn.Module):
-    """Network times (B,) to the logarithm of the loss expected there (B,)."""
+    """Network times (B,) to the logarithm of the loss expected there (B,), in float32 also under autocast."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -172,7 +172,9 @@ class _Uncertainty(nn.Module):
         self.linear = MPLinear(channels, 1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear(self.fourier(t))[:, 0]
+        levels = self.fourier(t)
+        # A product and a sum, which autocast leaves in float32, and not a linear layer, which it would round.
+        return (levels * self.linear.acting_weight(1.0, levels.dtype)).sum(1)
 
 
 class _Residual(nn.Module):

@@ -147,6 +147,13 @@ def test_the_uncertainty_depends_on_the_noise_level_alone_and_can_be_learned() -
     assert [key for key, p in network.named_parameters() if p.grad is not None] == ["uncertainty.linear.weight"]
 
 
+def test_the_uncertainty_is_not_rounded_under_autocast() -> None:
+    network = built(uncertainty_channels=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network.log_variance(TIMES)
+    torch.testing.assert_close(found, network.log_variance(TIMES), rtol=0, atol=0)
+
+
 def test_an_uncertainty_that_was_not_built_is_refused() -> None:
     with pytest.raises(ValueError, match="got a network that predicts no uncertainty"):
         built().log_variance(TIMES)
