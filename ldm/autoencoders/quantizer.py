@@ -1,8 +1,7 @@
 """Vector quantisation: every latent becomes the nearest entry of a learned codebook."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -87,7 +86,8 @@ class VectorQuantizer(nn.Module):
         vectors = rearrange(z, "b c h w -> (b h w) c").to(exact)
         codebook = self.embedding.weight.to(exact)
         half_norms = 0.5 * codebook.square().sum(1)
-        with _without_autocast(z.device.type):
+        # The meta device, on which memory and work are counted, has no autocast to switch off.
+        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
             parts = vectors.split(max(1, MAX_DISTANCES // self.num_codes))
             nearest = [(part @ codebook.T - half_norms).argmax(1) for part in parts]
         return rearrange(torch.cat(nearest), "(b h w) -> b h w", b=batch, h=height, w=width)
@@ -95,8 +95,3 @@ class VectorQuantizer(nn.Module):
     def entries(self, codes: Tensor) -> Tensor:
         """The codebook's entries (B, C, h, w) at codes (B, h, w)."""
         return rearrange(self.embedding(codes), "b h w c -> b c h w")
-
-
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """No autocast on a kind of device; the meta device, on which models are counted, has none to begin with."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -104,3 +104,9 @@ def test_a_quantizer_that_cannot_learn_is_refused() -> None:
         VectorQuantizer(0, 3)
     with pytest.raises(ValueError, match=r"commitment_weight=0\.0, expected both positive"):
         VectorQuantizer(4, 3, commitment_weight=0.0)
+
+
+def test_quantising_is_counted_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        found = VectorQuantizer(16, 3)(torch.empty(2, 3, 4, 5))
+    assert (found.latents.shape, found.codes.shape, found.latents.is_meta) == ((2, 3, 4, 5), (2, 4, 5), True)
