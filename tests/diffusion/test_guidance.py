@@ -233,14 +233,6 @@ def test_a_classifier_does_nothing_at_zero_terminal_snr_where_its_gradient_would
     assert_close(guided, denoiser(X, end.expand(2), told))
 
 
-def test_a_classifier_does_nothing_at_zero_terminal_snr_where_its_gradient_would_be_all_of_the_picture() -> None:
-    denoiser = make_denoiser()
-    denoiser.network, denoiser.schedule = Unled(), ScaledLinear(zero_terminal_snr=True)
-    end, told = torch.tensor(1.0, dtype=torch.float64), classes(0, 1)
-    guided = ClassifierGuidance(Telling(), classifier_scale=4.0)(denoiser, told, told)(X, end)
-    assert_close(guided, denoiser(X, end.expand(2), told))
-
-
 def test_a_classifier_needs_class_ids() -> None:
     with pytest.raises(ValueError, match=r"^got guidance\.classifier with a model that is not told class ids"):
         ClassifierGuidance(Telling())(make_denoiser(), COND, UNCOND)
