@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.networks.digit_classifier import DigitClassifier, DigitPrediction
 from ldm.nn.weights import save_weights
+from ldm.training.clipping import Clipped
 from ldm.training.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 READINGS = ("digit", "ink", "paper")
 
 
-class DigitClassifierModule(pl.LightningModule):
+class DigitClassifierModule(Clipped):
     """Trains a `DigitClassifier` on batches of "image", "digit", "ink" and "paper".
 
     Training shards hold no never-seen combination of digit and colours. To judge those as fairly as the others, every
@@ -80,7 +80,7 @@ class DigitClassifierModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the classifier, and its learning rate by step."""
-        optimizer = self.make_optimizer(list(self.classifier.parameters()))
+        optimizer = self.clippable(self.make_optimizer)(list(self.classifier.parameters()))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},

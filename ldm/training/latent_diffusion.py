@@ -25,6 +25,7 @@ from ldm.generation import Pipeline, SamplingSettings
 from ldm.generation.encode import weights_sha256
 from ldm.networks import UNet
 from ldm.nn.weights import save_weights
+from ldm.training.clipping import Clipped
 from ldm.training.compilation import Compilation, use_float8
 from ldm.training.ema import EMA
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
@@ -44,7 +45,7 @@ class Trained(nn.Module):
         self.denoiser, self.conditioner = denoiser, conditioner
 
 
-class LatentDiffusionModule(pl.LightningModule):
+class LatentDiffusionModule(Clipped):
     """Trains a denoiser, and the conditioner beside it, on the latents of a frozen autoencoder.
 
     Args:
@@ -223,23 +224,9 @@ class LatentDiffusionModule(pl.LightningModule):
             renew()
         self.ema.update(self.trained, num_updates=num_updates)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips bfloat16 training here: Lightning refuses to for fused optimizers, though only float16 is scaled."""
-        if gradient_clip_val and self.trainer.precision == "bf16-mixed" and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # A fused optimizer takes the float16 scale off in its step, which is after clipping and so too late.
-        late = self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val
-        options = {"fused": False} if late else {}
-        optimizer = self.make_optimizer([p for p in self.trained.parameters() if p.requires_grad], **options)
+        make_optimizer = self.clippable(self.make_optimizer)
+        optimizer = make_optimizer([p for p in self.trained.parameters() if p.requires_grad])
         check_steps_spread(optimizer)
         return {
             "optimizer": optimizer,

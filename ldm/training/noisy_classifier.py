@@ -20,12 +20,13 @@ from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.times import Times
 from ldm.networks import NoisyClassifier
 from ldm.nn.weights import save_weights
+from ldm.training.clipping import Clipped
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.latent_diffusion import VALIDATION_SEED
 from ldm.training.randomness import draw
 
 
-class NoisyClassifierModule(pl.LightningModule):
+class NoisyClassifierModule(Clipped):
     """Trains a classifier on the noised latents of a frozen autoencoder (Dhariwal & Nichol 2021, section 4.3).
 
     Args:
@@ -89,7 +90,7 @@ class NoisyClassifierModule(pl.LightningModule):
         return self.classifier(x_in, time).float(), labels
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(list(self.classifier.parameters()))
+        optimizer = self.clippable(self.make_optimizer)(list(self.classifier.parameters()))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},
