@@ -18,6 +18,7 @@ from ldm.cli.compose import compose_command, hydra_options, is_number
 from ldm.cli.console import say
 from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.launch_template import literal, render
+from ldm.cli.memory import takes_pieces
 from ldm.cli.run_folder import RunFolder
 
 # Settings that no template need ask for.
@@ -135,6 +136,11 @@ def shares(config: DictConfig, trained: DictConfig) -> list[str]:
     pieces = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= most)
     if pieces == 1:
         return []
+    if not takes_pieces(trained):
+        raise UserError(
+            f"max_batch_per_gpu: got {most} for an autoencoder, whose steps are of whole batches, expected at least "
+            f"{share}, the share of a GPU; set data.batch_size={processes * most}, or more nodes"
+        )
     accumulated = pieces * (OmegaConf.select(trained, "trainer.accumulate_grad_batches") or 1)
     interval = OmegaConf.select(trained, "trainer.val_check_interval")
     # Lightning counts batches.

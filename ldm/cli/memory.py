@@ -28,7 +28,7 @@ def remedies(config: DictConfig) -> str:
 def smaller(config: DictConfig) -> list[str]:
     """Overrides that halve what is computed at once, and change no step; none where that cannot be halved."""
     size = OmegaConf.select(config, "data.batch_size")
-    if not isinstance(size, int) or size % 2 or size < 2:
+    if not isinstance(size, int) or size % 2 or size < 2 or not takes_pieces(config):
         return []
     accumulated = OmegaConf.select(config, "trainer.accumulate_grad_batches") or 1
     overrides = [f"data.batch_size={size // 2}", f"trainer.accumulate_grad_batches={2 * accumulated}"]
@@ -56,17 +56,30 @@ def check_memory(config: DictConfig) -> str:
     """The choice that a run makes.
 
     Raises:
-        UserError: there is no such choice, or not for a run of several processes.
+        UserError: there is no such choice, or not for this model, or for a run of several processes.
     """
     chosen = str(config.get("on_out_of_memory", "stop"))
     if chosen not in CHOICES:
         raise UserError(f"on_out_of_memory: got {chosen}, expected {' or '.join(CHOICES)}")
+    if chosen == "halve" and not takes_pieces(config):
+        raise UserError(
+            "on_out_of_memory: got halve for an autoencoder, whose steps are of whole batches, expected stop; set a "
+            "smaller data.batch_size"
+        )
     if chosen == "halve" and not _one_process(config):
         raise UserError(
             "on_out_of_memory: got halve for several processes, expected stop: where memory runs out on one of them, "
             "the others cannot begin anew with it; the line it ends with says what to set"
         )
     return chosen
+
+
+def takes_pieces(config: DictConfig) -> bool:
+    """Whether a step may be made of several batches: an autoencoder's two optimizers step on every batch."""
+    from ldm.training import AutoencoderModule
+
+    target = OmegaConf.select(config, "model._target_")
+    return target is None or not issubclass(get_object(target), AutoencoderModule)
 
 
 def _one_process(config: DictConfig) -> bool:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.build import build
 from ldm.cli.errors import UserError, did_you_mean
+from ldm.cli.memory import takes_pieces
 from ldm.cli.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def share_of_batch(config: DictConfig, gpus: int) -> int:
 def _micro_batch(
     config: DictConfig, work: Work, settings: Settings, strategy: Strategy, *, per_device: int, room: float
 ) -> int:
-    """As asked for; for `show=memory` as the run is set; else the most that fit."""
+    """As asked for; an autoencoder's whole share; for `show=memory` as the run is set; else the most that fit."""
     from ldm.cli.plan_memory import fitting_batch
 
     asked = config.micro_batch
@@ -187,6 +188,8 @@ def _micro_batch(
         if not isinstance(asked, int) or asked < 1 or per_device % asked:
             raise UserError(f"micro_batch: got {asked}, expected a divisor of {per_device}, one device's share")
         return asked
+    if not takes_pieces(config):
+        return per_device
     if config.show == "memory":
         return per_device // int(config.trainer.accumulate_grad_batches) or 1
     return fitting_batch(work, settings, strategy, per_device=per_device, room=room)

@@ -179,6 +179,10 @@ def test_a_file_is_written_and_said_how_to_submit(
             "data.batch_size: got 32 for 15 processes, expected a multiple of 15, because it counts the samples of all "
             "of them together; the nearest: data.batch_size=30 or data.batch_size=45",
         ),
+        (
+            ["launch=slurm", "experiment=digits_autoencoder", "gpus_per_node=4", "max_batch_per_gpu=3"],
+            "max_batch_per_gpu: got 3 for an autoencoder, whose steps are of whole batches, expected at least 4",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(

@@ -45,3 +45,18 @@ def test_halving_on_several_processes_is_refused_before_anything_begins() -> Non
 def test_another_choice_is_refused() -> None:
     with pytest.raises(UserError, match="on_out_of_memory: got pray, expected stop or halve"):
         halve(OmegaConf.create({**CONFIG, "on_out_of_memory": "pray"}))
+
+
+AUTOENCODER = {**CONFIG, "model": {"_target_": "ldm.training.AutoencoderModule"}}
+
+
+def test_an_autoencoder_whose_steps_are_of_whole_batches_is_told_of_no_pieces() -> None:
+    assert "accumulate_grad_batches" not in remedies(OmegaConf.create(AUTOENCODER))
+    assert "accumulate_grad_batches=6" in remedies(
+        OmegaConf.create({**CONFIG, "model": {"_target_": "ldm.training.LatentDiffusionModule"}})
+    )
+
+
+def test_halving_an_autoencoder_is_refused_before_anything_begins() -> None:
+    with pytest.raises(UserError, match="on_out_of_memory: got halve for an autoencoder, whose steps are of whole"):
+        check_memory(OmegaConf.create({**AUTOENCODER, "on_out_of_memory": "halve"}))
