@@ -193,6 +193,12 @@ class LatentDiffusionModule(Clipped):
         told = {name: getattr(cond, name) for name in conditioner.always_told}
         cond = cond.select(random.drop < condition_dropout, replace(conditioner.null(len(x_0)), **told))
         if self.nonleaking is not None and model is self.trained:
+            if cond.context is not None or cond.concat is not None:
+                raise ValueError(
+                    "got model.nonleaking with a conditioner of a context or a picture, expected of classes or of "
+                    "nothing: its labels take the context's place, and that picture would stay as it was; set "
+                    "model.nonleaking=null"
+                )
             # Of a stream of its own, so that nothing else changes with it.
             u = uniform(seed + 2**33, batch["position"], self.nonleaking.num_uniforms)
             x_0, labels = self.nonleaking(x_0, u)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.autoencoders import IdentityAutoencoder
-from ldm.conditioners import Unconditional
+from ldm.conditioners import LowResolution, Unconditional
 from ldm.data import ShardDataModule
 from ldm.diffusion import Conditioning, Denoiser, Guidance, parameterizations, schedules, times, weightings
 from ldm.generation import SamplingSettings
@@ -199,3 +199,18 @@ def test_how_a_picture_is_changed_belongs_to_its_place_in_the_stream() -> None:
     assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
     other = module.loss(batch, module.ema.module, 0, 0.0)
     assert (other - whole).abs().min() > 1e-4
+
+
+def test_pictures_that_the_network_is_told_of_are_refused_since_they_would_stay_as_they_were() -> None:
+    module = make_module(NonLeakingAugmentation(probability=0.5))
+    module.trained.conditioner = LowResolution(upscale=2)
+    batch = {
+        "image": torch.zeros(2, 3, 16, 16),
+        "low_res": torch.zeros(2, 3, 8, 8),
+        "caption": ["", ""],
+        "position": torch.arange(2),
+    }
+    with pytest.raises(
+        ValueError, match=r"^got model\.nonleaking with a conditioner of a context or a picture, expected"
+    ):
+        module.loss(batch, module.trained, 0, 0.0)
