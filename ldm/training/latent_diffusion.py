@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL.Image import Image
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,6 +34,7 @@ from ldm.training.nonleaking import NonLeakingAugmentation
 from ldm.training.precomputed import check_text, keep_text_files
 from ldm.training.randomness import draw, normal, uniform
 from ldm.training.sharding import check_steps_spread, shard, shard_whole, whole_state
+from ldm.training.strategies import check_wrapped
 
 VALIDATION_SEED = 2**31 - 1
 
@@ -116,6 +118,8 @@ class LatentDiffusionModule(Clipped):
         if self._is_configured:
             return
         self._is_configured = True
+        if isinstance(getattr(self._trainer, "strategy", None), FSDPStrategy):
+            check_wrapped(self.trained)
         network = self.trained.denoiser.network
         if self.float8 is not None:
             use_float8(network, self.float8)

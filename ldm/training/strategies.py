@@ -6,9 +6,14 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Literal
 
+from torch import nn
+
 from ldm.conditioners import ClassLabel, TextTransformer
 from ldm.networks import UNet
 from ldm.training.checkpoint_sharded import SealedDeepSpeed, SealedFSDP, SealedFSDP2
+
+# What `fsdp` wraps whole.
+WRAPPED = (UNet, TextTransformer, ClassLabel)
 
 
 def fsdp(
@@ -26,11 +31,22 @@ def fsdp(
         state_dict_type: "full" gathers one file on rank 0, readable by any number of devices.
     """
     return SealedFSDP(
-        auto_wrap_policy={UNet, TextTransformer, ClassLabel},
+        auto_wrap_policy=set(WRAPPED),
         sharding_strategy=sharding_strategy,
         state_dict_type=state_dict_type,
         timeout=timedelta(minutes=timeout_minutes),
     )
+
+
+def check_wrapped(trained: nn.Module) -> None:
+    """Raises ValueError for a module of which `fsdp` would spread trained parameters otherwise than their average."""
+    inside = {id(p) for part in trained.modules() if isinstance(part, WRAPPED) for p in part.parameters()}
+    outside = [name for name, p in trained.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        raise ValueError(
+            f"got strategy=fsdp with {len(outside)} trained parameters ({outside[0]}, ...) outside of "
+            f"{', '.join(kind.__name__ for kind in WRAPPED)}, which are all that it knows to wrap; set strategy=fsdp2"
+        )
 
 
 def fsdp2(*, state_dict_type: Literal["full", "sharded"] = "full", timeout_minutes: float = 30) -> SealedFSDP2:

@@ -13,12 +13,13 @@ from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
 from tiny_models import latent_diffusion_module, quiet_trainer
 from torch.distributed.checkpoint import CheckpointException
 
+from ldm.networks import DiT
 from ldm.training.checkpoint_files import StorageError, is_valid
 from ldm.training.checkpoint_folders import find
 from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.checkpoint_sharded import SealsShards
 from ldm.training.checkpoints import Checkpoints
-from ldm.training.strategies import deepspeed, fsdp, fsdp2
+from ldm.training.strategies import check_wrapped, deepspeed, fsdp, fsdp2
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fsdp full": partial(fsdp, state_dict_type="full"),
@@ -90,6 +91,17 @@ def test_a_disk_that_takes_no_shard_is_one_line(error: BaseException, tmp_path: 
 def test_a_stage_that_the_average_cannot_follow_is_refused() -> None:
     with pytest.raises(ValueError, match="got 3, expected 1 or 2; set strategy=fsdp2"):
         deepspeed(stage=3)
+
+
+def test_what_fsdp_does_not_know_to_wrap_is_sent_to_fsdp2() -> None:
+    module = latent_diffusion_module()
+    check_wrapped(module.trained)
+    module.trained.denoiser.network = DiT(4, 4, patch_size=2, width=8, depth=1, num_heads=1)
+    with pytest.raises(
+        ValueError, match=r"^got strategy=fsdp with \d+ trained parameters \(denoiser\.network\..*fsdp2$"
+    ):
+        check_wrapped(module.trained)
+    check_wrapped(module.trained.requires_grad_(False))
 
 
 def test_a_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
