@@ -182,7 +182,11 @@ class ShardCache:
 
     def _make_room(self, size: int, *, keep: Collection[Path]) -> bool:
         """Remove shards that nobody has open, least recently used first, until `size` bytes fit."""
-        found = [(path, path.stat()) for path in self.folder.glob("*/*") if path.suffix in (".tar", ".part")]
+        found = []
+        for path in self.folder.glob("*/*"):
+            if path.suffix in (".tar", ".part"):
+                with suppress(FileNotFoundError):  # a part that has taken its place since it was listed
+                    found.append((path, path.stat()))
         total = sum(status.st_size for _, status in found)
         for path, status in sorted(found, key=lambda pair: pair[1].st_mtime_ns):
             if total + size <= self.max_bytes:

@@ -196,6 +196,14 @@ def test_the_least_recently_used_make_room_and_never_one_that_is_open(bucket: st
     assert copies(tmp_path)[-1] == "00003.tar"
 
 
+def test_room_is_made_while_others_put_their_copies_in_place(bucket: str, tmp_path: Path) -> None:
+    shard = cache(tmp_path).locate(bucket)[0]
+    # What was listed and has moved by the time that it is looked at.
+    shard.with_name(".00003.tar.1-0.part").symlink_to("moved")
+    os.close(cache(tmp_path).open(shard))
+    assert copies(tmp_path) == ["00000.tar"]
+
+
 def test_indices_outlive_their_shards_and_are_taken_from_beside_them(server: Server, tmp_path: Path) -> None:
     ShardDataset(server.url, resolution=8, remote=cache(tmp_path))
     for path in (tmp_path / "cache").glob("*/*.tar"):
