@@ -13,7 +13,7 @@ from ldm.metrics.features import as_seen, describe_network, num_features_of
 
 
 class InceptionScore(Metric):
-    """exp(E_x KL(p(y|x) || p(y))), averaged over splits of the images by their index.
+    """exp(E_x KL(p(y|x) || p(y))), averaged over splits of the images by their places.
 
     KL splits into two sums, so per split only the summed probabilities, the summed negative entropies and the count
     are kept, in float64 and added across ranks: 50,000 images cost what one does. torchmetrics' InceptionScore keeps
@@ -22,7 +22,7 @@ class InceptionScore(Metric):
 
     Args:
         features: network from images (B, 3, H, W) in [-1, 1] to logits (B, num_features).
-        splits: number of parts; an image belongs to part `index % splits`. Published scores use 10 of 5,000 images.
+        splits: number of parts, of equal sizes by `part_of`. Published scores use 10 of 5,000 images.
 
     Raises:
         ValueError: fewer than one split.
@@ -59,7 +59,7 @@ class InceptionScore(Metric):
     def see(self, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> None:
         """Adds generated images by their logits (B, num_features) and batch["index"], their places (B,) in the set."""
         probabilities = features.double().softmax(dim=1)
-        split = batch["index"].to(probabilities.device) % self.splits
+        split = part_of(batch["index"], self.splits).to(probabilities.device)
         negative_entropies = torch.special.xlogy(probabilities, probabilities).sum(dim=1)
         self.probabilities.index_add_(0, split, probabilities)
         self.negative_entropies.index_add_(0, split, negative_entropies)
@@ -74,6 +74,20 @@ class InceptionScore(Metric):
         filled = self.counts > 0
         scores = inception_score(self.probabilities[filled], self.negative_entropies[filled], self.counts[filled])
         return scores.mean(), scores.std(correction=0)
+
+
+def part_of(index: Tensor, splits: int) -> Tensor:
+    """The part (B,), from 0 to splits - 1, of places (B,): the sum of their digits in base `splits`.
+
+    Any `splits` places in a row have a part each. So they have by the last digit alone, but there classes that take
+    turns, as in 1,000 classes by `index % 1000`, would be in one part each, and every score that of few classes.
+    """
+    # Modulo `splits` the digits' sum is that of index // splits^k over all k.
+    total, power = index.clone(), splits
+    while 1 < power < 2**62:
+        total += index // power
+        power *= splits
+    return total % splits
 
 
 def inception_score(probabilities: Tensor, negative_entropies: Tensor, counts: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
 
 from ldm.metrics import InceptionScore, as_seen
+from ldm.metrics.inception_score import part_of
 
 
 class TopPixel(nn.Module):
@@ -65,10 +66,22 @@ def test_splits_go_by_index_not_by_order_or_batch_size() -> None:
 
 def test_splits_average_the_scores_of_their_images() -> None:
     pictures = images(40)
-    each = torch.stack([score(pictures[start::2]).compute()[0] for start in (0, 1)])
+    part = part_of(torch.arange(40), 2)
+    each = torch.stack([score(pictures[part == number]).compute()[0] for number in (0, 1)])
     mean, deviation = score(pictures, splits=2).compute()
     assert_close(mean, each.mean())
     assert_close(deviation, each.std(correction=0))
+
+
+def test_classes_that_take_turns_are_in_every_split() -> None:
+    mean, deviation = score(one_hot_images([0, 1, 2, 3] * 16), splits=4, sharpness=100.0).compute()
+    assert_close((mean, deviation), (torch.tensor(4.0).double(), torch.tensor(0.0).double()))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 10])
+def test_as_many_images_in_a_row_as_there_are_splits_have_one_each(splits: int) -> None:
+    parts = part_of(torch.arange(10 * splits) + 10**12 * splits, splits).view(10, splits)
+    assert parts.sort(dim=1).values.equal(torch.arange(splits).expand(10, splits))
 
 
 def test_two_ranks_merge_to_the_score_of_one() -> None:
