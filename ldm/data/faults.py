@@ -43,6 +43,9 @@ KINDS = {
     "unsafe_key": Kind("ignored", "a key that would leave its folder as a path; no key is ever used as one"),
     "unsafe_member": Kind("ignored", "a member that runs code where it is loaded, such as a pickle; never read"),
     "compressed_member": Kind("ignored", "a compressed member; never inflated"),
+    "dotted_key": Kind(
+        "ignored", "a key with a dot, at which it ends by webdataset's rule; its members are never read"
+    ),
     "not_a_file": Kind("ignored", "a link, device or pipe"),
     "no_image": Kind("skipped", "neither an image nor moments"),
     "several_images": Kind("converted", "several images, of which the first of jpg, jpeg, png, webp is read"),
@@ -104,6 +107,7 @@ def header_faults(path: Path) -> tuple[ShardIndex | None, list[Fault]]:
     if any(fault.kind == "repeated_member" for fault in faults):
         return None, faults
     index = index_members(path, members)
+    faults += _dotted_faults(path, [name for name, _, _ in members], set(index.keys))
     return index, faults + _sample_faults(path, index)
 
 
@@ -136,6 +140,16 @@ def _member_faults(path: Path, members: list[str]) -> Iterator[Fault]:
         if key != current:
             closed.add(current)
             current = key
+
+
+def _dotted_faults(path: Path, members: list[str], keys: set[str]) -> Iterator[Fault]:
+    """Yield keys of which nothing is read because what they name has more dots; `keys` are those that are read."""
+    told: set[str] = set()
+    for name in members:
+        key, suffix = split_name(name)
+        if key not in keys and key not in told and suffix.rpartition(".")[2] in SUFFIXES:
+            told.add(key)
+            yield Fault(str(path), key, "dotted_key", f"got {name}, whose key ends at the first dot, expected no other")
 
 
 def _danger(path: Path, name: str, told: set[str]) -> Iterator[Fault]:

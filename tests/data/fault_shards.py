@@ -136,6 +136,7 @@ def sample_faults(marker: Path) -> Iterator[tuple[str, Members]]:
     yield "oversized_member", good("oversized_member", json=b'{"a": "' + b"x" * JSON_BYTES + b'"}')
     yield "compressed_member", [*good("compressed_member"), ("compressed_member.txt.gz", gzip_bomb())]
     yield "unsafe_member", [*good("unsafe_member"), ("unsafe_member.pyd", pickle.dumps(Touches(marker)))]
+    yield "dotted_key", [(name.replace(".", ".v2."), content) for name, content in good("dotted_key")]
     yield "broken_array", good("broken_array", jpg=None, npy=pickled_array(marker))
 
 

@@ -31,7 +31,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 102
 # Not of one sample, whose members tell the fault by themselves.
 OF_SHARDS = (
     *("empty_file", "not_a_tar", "broken_tar", "truncated_tar", "no_end_marker", "no_samples"),
-    *("wrong_count", "repeated_member", "interleaved_key", "unsafe_key", "not_a_file"),
+    *("wrong_count", "repeated_member", "interleaved_key", "unsafe_key", "not_a_file", "dotted_key"),
 )
 
 
