@@ -129,7 +129,7 @@ class EvaluationFolder:
         return found
 
     def training_pictures(self) -> Images | None:
-        """The images that the model was trained on; None where they are gone, or are others than they were."""
+        """The images that the model was trained on; None where they are gone, or are more or fewer than they were."""
         return _opened(self.training)
 
     def reference_pictures(self) -> Images | None:
@@ -181,7 +181,7 @@ def _features_in(folder: str | None, key: str) -> np.ndarray | None:
 
 
 def _opened(description: Mapping[str, Any] | None) -> Images | None:
-    """Images that a protocol describes, as they were measured; None where other ones, or none, are there now."""
+    """Images where a protocol says that they were measured; None where there are none now, or more or fewer."""
     if not description or not description.get("path"):
         return None
     # torchmetrics takes seconds to import, and pages of tables and curves need none.
