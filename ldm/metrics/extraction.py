@@ -51,8 +51,15 @@ def network_key(network: nn.Module) -> str:
 
 @torch.no_grad()
 def extract(networks: Mapping[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
-    """Features (B, D) by key of images (B, 3, H, W) in [-1, 1]; networks of one trunk share their pass."""
-    seen = as_seen(images)
+    """Features (B, D) by key of images (B, 3, H, W) in [-1, 1]; networks of one trunk share their pass.
+
+    In full precision, whatever the model that made the images computes in.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        return _extract(networks, as_seen(images))
+
+
+def _extract(networks: Mapping[str, nn.Module], seen: Tensor) -> dict[str, Tensor]:
     groups: dict[str, list[str]] = {}
     for key, network in networks.items():
         groups.setdefault(getattr(network, "trunk", key), []).append(key)
@@ -69,7 +76,7 @@ def extract(networks: Mapping[str, nn.Module], images: Tensor) -> dict[str, Tens
 
 @torch.no_grad()
 def feed(metric: Any, features: Tensor, batch: Mapping[str, Any], *, real: bool) -> Tensor | None:
-    """Shows features (B, D) to a metric, which then counts as updated.
+    """Shows features (B, D) to a metric, in full precision, which then counts as updated.
 
     Args:
         batch: what belongs to the images besides: "index" (B,), "prompt" (a list), labels (B,).
@@ -77,7 +84,8 @@ def feed(metric: Any, features: Tensor, batch: Mapping[str, Any], *, real: bool)
     Returns:
         The value of each image (B,), of a metric that has one of each; else None.
     """
-    values: Tensor | None = metric.see(features, batch, real=real)
+    with torch.autocast(features.device.type, enabled=False):
+        values: Tensor | None = metric.see(features, batch, real=real)
     metric._update_count += 1
     metric._computed = None
     return values

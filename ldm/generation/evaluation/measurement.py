@@ -137,6 +137,11 @@ class Measurement:
 
     @torch.no_grad()
     def _show(self, metric: Any, store: FeatureStore, part: int, *, is_real: bool) -> None:
+        """Shows a metric the images of a part, in full precision, whatever the model that made them computes in."""
+        with torch.autocast(self.device.type, enabled=False):
+            self._show_all(metric, store, part, is_real=is_real)
+
+    def _show_all(self, metric: Any, store: FeatureStore, part: int, *, is_real: bool) -> None:
         show = _by_prompt if getattr(metric, "takes", "") == "prompts" else None
         if compares_pairs(metric):
             assert self.real is not None, "checked before sampling"

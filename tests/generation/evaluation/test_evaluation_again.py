@@ -12,7 +12,7 @@ from ldm.files import replacing
 from ldm.generation.evaluation.evaluate import Evaluation, Subject
 from ldm.generation.evaluation.folder import BULK, remove_remains
 from ldm.generation.evaluation.workers import FreeWorkers
-from ldm.metrics import DigitReport, FrechetDistance, ReconstructionQuality
+from ldm.metrics import DigitReport, FrechetDistance, PerceptualDistance, RandomFeatures, ReconstructionQuality
 from ldm.networks import DigitClassifier
 
 
@@ -29,6 +29,13 @@ def measure(images: Path, folder: Path, metrics: dict, **options) -> dict[str, f
     subject = Subject(folder, torch.device("cpu"), {}, FreeWorkers())
     found = Evaluation(metrics=metrics, **options).of_images(images, subject)
     return {name: value for name, value in found.items() if not name.startswith("seconds")}
+
+
+class Apart(RandomFeatures):
+    """How far apart the features of two pictures are."""
+
+    def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return (super().forward(images) - super().forward(others)).square().sum(dim=1)
 
 
 class Labelled(DigitReport):
@@ -76,3 +83,13 @@ def test_what_a_killed_process_had_begun_is_removed_when_all_is_measured(tmp_pat
         path.write_bytes(b"half")
     remove_remains(tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_half_precision_of_the_model_is_not_that_of_its_judges(tmp_path: Path) -> None:
+    images, real = write(tmp_path / "images", side=16), write(tmp_path / "real", seed=1, side=16)
+    found = []
+    for place, is_half in (("half", True), ("whole", False)):
+        metrics = {"fid": FrechetDistance(RandomFeatures(8)), "distance": PerceptualDistance(Apart())}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
+            found.append(measure(images, tmp_path / place, metrics, reference=real, reference_cache=tmp_path / place))
+    assert found[0] == found[1]
