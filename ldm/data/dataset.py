@@ -86,12 +86,12 @@ class ShardDataset(Dataset[Item]):
         self._readers, self._names = ThreadReaders(self.remote), ColumnNames()
         self._cache: dict[int, Item] | None = {} if cache else None
         self.payload = self._find_payload()
+        self.buckets = buckets
         self._check_options()
         self._check_columns()
         self._check_named()
         self.encoder_sha256 = self._find_encoder() if self.payload == "moments" else None
         self.text_sha256 = self._find_encoder(HASH) if self.payload == "moments" else None
-        self.buckets = buckets
         self.bucket_of = None if buckets is None else buckets.assign(picture_sizes(self.shards, self._reader))
 
     def __len__(self) -> int:
@@ -308,6 +308,8 @@ class ShardDataset(Dataset[Item]):
             raise ValueError(
                 f"data.resolution: got {self.resolution} for shards of moments, whose size is given; expected null"
             )
+        if self.payload == "moments":
+            self._check_nothing_of_pictures()
         if self.payload == "moments" and self.pictures.flip:
             told = zip(self.shards.paths, self.shards.summaries, strict=True)
             lacking = next((path for path, summary in told if summary.num_flipped < summary.num_samples), None)
@@ -315,6 +317,20 @@ class ShardDataset(Dataset[Item]):
                 raise ValueError(
                     f"data.flip: got true for shards of moments, of which {lacking} has none of "
                     "mirrored pictures, expected false; or encode with ldm data encode flips=true"
+                )
+
+    def _check_nothing_of_pictures(self) -> None:
+        """Refuse what is done to pictures alone: of latents it would have no effect."""
+        given = {
+            "augmentation": None if self.pictures.augmentation == Augmentation() else self.pictures.augmentation,
+            "derive": self.pictures.derive and type(self.pictures.derive).__name__,
+            "buckets": self.buckets and self.buckets.sizes,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"data.{name}: got {value} for shards of moments, which are cut and coloured already, expected "
+                    f"null; leave {name} out, or train on the pictures; latents are mirrored by data.flip"
                 )
 
     def _check_named(self) -> None:

@@ -11,6 +11,9 @@ from PIL import Image
 from test_shards import encode, write_tar
 
 from ldm.data import CorruptSampleError, LatentRecord, Record, ShardDataset, collate, write_latent_shards, write_shards
+from ldm.data.augmentation import Augmentation
+from ldm.data.buckets import Buckets
+from ldm.data.masks import RandomMask
 from ldm.data.transforms import resize_and_crop
 
 WriteNoise = Callable[..., Path]
@@ -128,6 +131,19 @@ def test_a_pass_through_cached_latents_leaves_training_its_mirrored_ones(tmp_pat
     dataset = ShardDataset(tmp_path, flip=True, cache=True)
     assert dataset.unaugmented()[0, 0, 0]["moments"].unique().tolist() == [0]
     assert {dataset[0, 0, epoch]["moments"].mean().item() for epoch in range(8)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("augmentation", Augmentation(crop="random", flip=True)),
+        ("derive", RandomMask()),
+        ("buckets", Buckets([[2, 2]])),
+    ],
+)
+def test_what_is_done_to_pictures_is_refused_for_latents(name: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{name}: got .* for shards of moments, .* expected null"):
+        ShardDataset(write_latents(tmp_path), **{name: value})
 
 
 def test_an_annotation_says_what_a_pass_reads(tmp_path: Path) -> None:
