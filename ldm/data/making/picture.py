@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ldm.data.expressions import is_null
 from ldm.data.making.area import reduce_area
 from ldm.data.making.dropped import Dropped, DroppedError
 from ldm.data.making.sources import SIZE, Extent, Item, kept_columns, parse_object
@@ -151,7 +152,7 @@ def _caption(item: Item, row: Mapping[str, Any]) -> str:
         raise DroppedError("not_utf8", f"got a caption that is not UTF-8 ({error})") from error
     except OSError as error:
         raise DroppedError("missing_caption", f"got a caption that cannot be read ({error})") from error
-    return "" if value is None else str(value).strip()
+    return "" if is_null(value) else str(value).strip()
 
 
 def _original_size(row: Mapping[str, Any]) -> tuple[int, int] | None:

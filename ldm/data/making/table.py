@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.data.expressions import is_null
 from ldm.data.making.sources import Extent, Item, find_column, find_files, pyarrow_module
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -115,9 +116,11 @@ class RowView:
 
     def _text(self, row: Mapping[str, Any], column: str) -> str:
         value = row[column]
-        if value is not None and column in self.labels:
-            value = self.labels[column][value]
-        return "" if value is None else str(value).strip()
+        if is_null(value):
+            return ""
+        if column in self.labels:  # where -1 is none
+            value = self.labels[column][value] if value >= 0 else ""
+        return str(value).strip()
 
 
 def read_rows(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:

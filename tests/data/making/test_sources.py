@@ -12,11 +12,13 @@ from picture_sources import dropped, encoded, fetch, picture, samples, write_pic
 from pyarrow import parquet
 
 from ldm.data.folder import Folder, write_folder
+from ldm.data.making.dropped import Dropped
 from ldm.data.making.huggingface import HuggingFace
 from ldm.data.making.img2dataset import Img2dataset
 from ldm.data.making.make import make_shards
-from ldm.data.making.sources import Source
-from ldm.data.making.table import Table
+from ldm.data.making.picture import Preparation, prepare
+from ldm.data.making.sources import Item, Source
+from ldm.data.making.table import RowView, Table
 
 
 def made(source: Source, tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
@@ -286,3 +288,14 @@ def test_other_folders_are_refused(tmp_path: Path, files: list[str], message: st
         (tmp_path / "in" / "00000_stats.json").touch()
     with pytest.raises(ValueError, match=message):
         made(Img2dataset(str(tmp_path / "in")), tmp_path)
+
+
+def test_a_class_or_text_that_is_none_is_no_caption() -> None:
+    view = RowView.of(
+        ["image", "label", "text"], "image", ["label", "text"], None, where="t", labels={"label": ["cat", "dog"]}
+    )
+    rows = [(1, "words"), (-1, "words"), (None, "words"), (-1, float("nan")), (-1, None)]
+    items = [view.item({"image": b"p", "label": label, "text": text}, name="0", root=Path()) for label, text in rows]
+    assert [item.caption for item in items] == ["dog", "words", "words", "", ""]
+    told = prepare(Item("0", image=b"p", columns={"caption": float("nan")}), Preparation())
+    assert isinstance(told, Dropped) and told.reason == "missing_caption"
