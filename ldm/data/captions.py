@@ -4,9 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.data.draws import Draws
+from ldm.data.expressions import is_null
 
 # The name of the .txt member among columns of the json.
 TEXT = "txt"
+
+
+def caption_of(text: str | None, row: Mapping[str, Any]) -> str:
+    """Return a sample's caption: its .txt, else that of its json, else the empty one; a NaN is none."""
+    if text is not None:
+        return text
+    value = row.get("caption")
+    return "" if is_null(value) else str(value or "")
 
 
 class CaptionChoice:
@@ -30,7 +39,7 @@ class CaptionChoice:
         found = []
         for column, weight in self.weights.items():
             value = text if column == TEXT else row.get(column)
-            texts = [str(part) for part in _listed(value) if part]
+            texts = [str(part) for part in _listed(value) if part and not is_null(part)]
             found += [(part, weight / len(texts)) for part in texts]
         return found
 

@@ -18,7 +18,7 @@ from ldm.data.augmentation import Augmentation
 from ldm.data.batches import PICTURES, assemble
 from ldm.data.buckets import Buckets
 from ldm.data.captions import TEXT as CAPTION_FILE
-from ldm.data.captions import CaptionChoice
+from ldm.data.captions import CaptionChoice, caption_of
 from ldm.data.content import SIZE_COLUMNS, Derived, Pictures, size_values
 from ldm.data.decoding import TEXT_DECODERS, row_of
 from ldm.data.embeddings import FLIPPED, HASH, TEXT, batch_arrays
@@ -225,7 +225,7 @@ class ShardDataset(Dataset[Item]):
         """Return a sample's caption, or the candidates of which one is chosen."""
         if self.captions is not None:
             return self.captions.candidates(text, row)
-        return str(row.get("caption") or "") if text is None else text
+        return caption_of(text, row)
 
     @property
     def json_columns(self) -> tuple[str, ...]:

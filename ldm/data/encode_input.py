@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ldm.data.captions import caption_of
 from ldm.data.content import crop_values
 from ldm.data.decoding import TEXT_DECODERS, row_of
 from ldm.data.faults import Fault
@@ -121,7 +122,7 @@ def read_picture(
     (image, size), row = decoded[suffix], row_of(decoded)
     if not image.flags.writeable:  # Pillow's own memory, which torch warns of
         image = image.copy()
-    caption = str(decoded.get("txt", row.get("caption") or ""))
+    caption = caption_of(decoded.get("txt"), row)
     if reading.missing_caption == "skip" and not caption.strip():
         return Fault(shard, key, "missing_caption", "got no caption, expected one")
     return Picture(key, caption, row, size, {resolution: _cut(image, resolution) for resolution in resolutions})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.data.captions import caption_of
 from ldm.data.expressions import all_of, is_null
 from ldm.data.filters import Filter
 from ldm.data.index_file import open_index
@@ -201,7 +202,7 @@ def _caption(index: ShardIndex, sample: int, columns: Mapping[str, Any], reader:
             columns = decode(index, sample, reader, suffixes=["json"])["json"]
     except CorruptSampleError:
         return ""
-    return str(columns.get("caption") or "")
+    return caption_of(None, columns)
 
 
 def _thumbnail(image: Image.Image) -> str:

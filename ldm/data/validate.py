@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ldm.data.captions import caption_of
 from ldm.data.embeddings import HASH
 from ldm.data.faults import KINDS, Fault, header_faults
 from ldm.data.parallel import map_in_order
@@ -197,7 +198,7 @@ def _check_text(suffix: str, content: bytes, captions: list[Any]) -> Iterator[Fo
         captions.append(text.strip())
         return
     try:
-        captions.append(decode_json(content).get("caption"))
+        captions.append(caption_of(None, decode_json(content)))
     except (ValueError, RecursionError) as error:
         captions.append("unread")
         yield "broken_json", f"{type(error).__name__}: {error}"

@@ -146,6 +146,16 @@ def test_what_is_done_to_pictures_is_refused_for_latents(name: str, value: objec
         ShardDataset(write_latents(tmp_path), **{name: value})
 
 
+@pytest.mark.parametrize("caption", ["NaN", "null", '""'])
+def test_a_caption_that_the_json_has_as_none_is_empty(caption: str, tmp_path: Path) -> None:
+    row = f'{{"caption": {caption}, "long": [{caption}, "a cat"]}}'.encode()
+    write_tar(tmp_path / "0.tar", [("0.png", encode(Image.new("RGB", (8, 8)))), ("0.json", row)])
+    assert ShardDataset(tmp_path, resolution=8)[0, 0, 0]["caption"] == ""
+    assert ShardDataset(tmp_path, resolution=8).annotation(0)[0] == ""
+    chosen = ShardDataset(tmp_path, resolution=8, captions={"long": 1})
+    assert {chosen[0, 0, epoch]["caption"] for epoch in range(8)} == {"a cat"}
+
+
 def test_an_annotation_says_what_a_pass_reads(tmp_path: Path) -> None:
     row = json.dumps({"long": ["a cat asleep", "a sleeping cat"], "AESTHETIC_SCORE": 5.5}).encode()
     members = [("0.png", encode(Image.new("RGB", (8, 8)))), ("0.txt", b"cat"), ("0.json", row), ("0.cls", b"3")]
