@@ -79,7 +79,9 @@ class Statistics:
                 "or write it from real images, and give its place as reference"
             )
         with np.load(path, allow_pickle=False) as file:
-            names = (f"mu{suffix}", f"sigma{suffix}")
+            # A file of `write` has one pair of names, whatever the features, and says itself whose they are.
+            end = "" if "provenance" in file.files else suffix
+            names = (f"mu{end}", f"sigma{end}")
             if not set(names) <= set(file.files):
                 raise ValueError(
                     f"got {path} with {', '.join(file.files)}, expected {' and '.join(names)}; take a file of "

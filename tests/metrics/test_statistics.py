@@ -58,6 +58,16 @@ def test_the_projects_read_what_we_write(tmp_path) -> None:
         assert (file["mu"].shape, file["sigma"].shape, file["mu"].dtype) == ((4,), (4, 4), np.float64)
 
 
+def test_spatial_statistics_that_a_metric_wrote_are_a_reference(tmp_path) -> None:
+    network = Pixels()
+    network.statistics_suffix = "_s"
+    metric = FrechetDistance(network)
+    metric.update(images(80), real=True)
+    metric.statistics(real=True).write(tmp_path / "reference.npz")
+    beside = FrechetDistance(network, reference=tmp_path / "reference.npz")
+    assert beside.reference is not None and beside.reference.count == 80
+
+
 def test_spatial_statistics_are_those_with_the_suffix(tmp_path) -> None:
     np.savez(tmp_path / "adm.npz", mu=np.zeros(9), sigma=np.eye(9), mu_s=np.ones(4), sigma_s=np.eye(4))
     network = Pixels()
