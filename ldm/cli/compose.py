@@ -62,7 +62,8 @@ def checked(command: str, config: DictConfig, overrides: Sequence[str], *, choic
     """
     check_overrides(command, overrides, config)
     if "name" in config and config.name is None:
-        config.name = choices.get("experiment") or choices.get("dataset")
+        # It names a folder: finetune_mine of experiment=finetune/mine.
+        config.name = str(choices.get("experiment") or choices.get("dataset") or "").replace("/", "_") or None
     if command != "sample" and config.get("scale"):  # a task of sampling has a scale of its own
         from ldm.cli.tiny import shrink
 
@@ -87,6 +88,10 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
             return f"{item}: a group cannot be set to null; leave it out with ~{item.removesuffix('=null')}"
     if isinstance(error, MissingConfigException):
         return _explain_missing_option(error, overrides)
+    if (deleted := re.search(r"Could not delete '([^'=@.]+)'", text)) and _is_group(deleted[1]):
+        return f"~{deleted[1]}: a list of this group, or no choice at all; leave all of it out with {deleted[1]}=[]"
+    if several := re.search(r"Multiple values for ([\w/]+)\.", text):
+        return f"{several[1]}: this group has its choice already; choose another with {several[1]}=..., without a +"
     if unknown := re.search(r"Could not (?:override|delete from config\.|delete) '([^'=@]+)", text):
         return _explain_unknown_key(unknown[1], command, overrides)
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'\n", text):
@@ -99,6 +104,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
 
 def check_overrides(command: str, overrides: Sequence[str], config: DictConfig) -> None:
     """Refuses what Hydra lets through: a `+key` like an existing key, and text where the default is a number.
+
+    A number that means the default's type gets it, in place: 1e4 of steps is 10000, a precision of 32 is "32".
 
     Raises:
         UserError: with the nearest key, or the type expected.
@@ -117,6 +124,7 @@ def check_overrides(command: str, overrides: Sequence[str], config: DictConfig) 
             _refuse_slip(override, plain)
         elif not override.is_delete():
             _refuse_wrong_type(override, plain, config)
+            _fit_to_default(override, plain, config)
 
 
 def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[str]:
@@ -221,7 +229,20 @@ def _refuse_wrong_type(override: Override, plain: dict[Any, Any], config: DictCo
     value = _look_up(OmegaConf.to_container(config, resolve=False), override.key_or_group)
     expected = _expected(default, value)
     if expected:
-        raise UserError(f"{override.key_or_group}: got {value!r}, expected {expected}, such as {default!r}")
+        # Some take either: sizes of a picture, depths of each level.
+        written = f"; to set a list all the same, write ++{override.input_line}" if isinstance(value, list) else ""
+        raise UserError(f"{override.key_or_group}: got {value!r}, expected {expected}, such as {default!r}{written}")
+
+
+def _fit_to_default(override: Override, plain: dict[Any, Any], config: DictConfig) -> None:
+    """Gives a number the default's type where it means the same, so that one setting makes one run id."""
+    key = override.key_or_group
+    default, value = _look_up(plain, key), _look_up(OmegaConf.to_container(config, resolve=False), key)
+    # 1.0 may mean all, where 1 means one: trainer.limit_val_batches.
+    if isinstance(default, int) and isinstance(value, float) and value > 1 and value.is_integer():
+        OmegaConf.update(config, key, int(value))
+    if isinstance(default, str) and "${" not in default and is_number(value):
+        OmegaConf.update(config, key, str(value))
 
 
 def _look_up(node: Any, key: str) -> Any:

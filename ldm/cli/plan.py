@@ -160,7 +160,7 @@ def share_of_batch(config: DictConfig, gpus: int) -> int:
     Raises:
         UserError: it does not divide.
     """
-    size, accumulated = OmegaConf.select(config, "data.batch_size"), config.trainer.accumulate_grad_batches
+    size, accumulated = OmegaConf.select(config, "data.batch_size"), config.trainer.accumulate_grad_batches or 1
     if not isinstance(size, int) or size < 1:
         raise UserError(f"data.batch_size: got {size}, expected a whole number from 1 on; choose data=... with one")
     batch = size * accumulated
@@ -191,7 +191,7 @@ def _micro_batch(
     if not takes_pieces(config):
         return per_device
     if config.show == "memory":
-        return per_device // int(config.trainer.accumulate_grad_batches) or 1
+        return per_device // int(config.trainer.accumulate_grad_batches or 1) or 1
     return fitting_batch(work, settings, strategy, per_device=per_device, room=room)
 
 

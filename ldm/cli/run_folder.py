@@ -89,12 +89,15 @@ class RunFolder:
             reserve: whether `resume=never` makes its new folder at once, so that no other start finds the same one.
 
         Raises:
-            ValueError: the name or the id cannot be a folder's, or `resume` is a path that does not exist.
+            ValueError: the name or the id cannot be a folder's, `resume` is a path that does not exist, or the seed is
+                no whole number.
         """
         config.paths.runs = str(Path(config.paths.runs).expanduser().absolute())
         _check_resume(config)
         # Mistakes show here, and `result` notes which runs it means before `digest` hides the places.
         OmegaConf.to_container(config, resolve=True)
+        if "seed" in config:
+            config.seed = _whole_seed(config.seed)
         settings = digest(config)
         path = Path(config.paths.runs) / _safe("name", config.name) / _safe("run_id", config.run_id or settings)
         if config.get("resume") == "never":
@@ -264,6 +267,14 @@ def _check_resume(config: DictConfig) -> None:
         raise ValueError(
             f"resume: got {asked}, which does not exist; expected auto, never, a checkpoint or a run folder"
         )
+
+
+def _whole_seed(seed: object) -> int:
+    """The seed as a number, which one that an environment variable holds is not."""
+    number = int(seed) if isinstance(seed, str) and seed.isdecimal() else seed
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"seed: got {seed!r}, expected a whole number from 0 on")
+    return number
 
 
 def _safe(key: str, name: object) -> str:

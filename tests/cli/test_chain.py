@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import only, read_json
+from hydra import initialize_config_dir
+
+from ldm.cli.compose import compose_command, conf_folder
 
 
 def headings(printed: str) -> list[str]:
@@ -106,6 +109,14 @@ def test_a_result_from_outside_the_chain_is_the_newest_finished_run(ldm: Callabl
     assert read_json(newest / "result.json")["summary"] == {"rows": 5}
     assert ldm("train", "experiment=toy", "data.folder='${result:toy_rows}'") == 0
     assert f"folder: {newest}\n" in (only(folder, "runs/toy/*") / "config.yaml").read_text()
+
+
+def test_an_experiment_in_a_folder_of_ones_own_is_named_with_an_underscore(folder: Path) -> None:
+    (folder / "experiment/team").mkdir(parents=True)
+    (folder / "experiment/team/first.yaml").write_text("# @package _global_\nseed: 4\n")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose_command("train", [f"hydra.searchpath=[file://{folder}]", "experiment=team/first"])
+    assert (config.name, config.seed) == ("team_first", 4)
 
 
 def test_a_missing_result_names_the_command_that_makes_it(

@@ -1,7 +1,10 @@
 """The door: help, unknown commands, exit codes, and what it must not import."""
 
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,21 @@ def test_the_root_doors_are_the_commands(door: str, command: str, tmp_path: Path
     done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith(f"ldm {command}:")
+
+
+def printed_commands(file: Path) -> Iterator[list[str]]:
+    """The words of each command in the examples of a text, as a shell reads them."""
+    for line in re.sub(r"\\\n[# ]*", "", file.read_text()).splitlines():
+        if found := re.match(r"(?:#? {3,4})?(?:ldm|python (?:train|sample)\.py) ([a-z~+'].*)", line):
+            example = re.split(r"(?<=\S)\s{2,}(?=\S)| && ", found[1])[0]
+            yield shlex.split(example, comments=True)
+
+
+def test_every_command_of_the_texts_can_be_read_by_shell_and_hydra() -> None:
+    for file in (ROOT / "README.md", *sorted((ROOT / "conf").rglob("*.yaml"))):
+        for words in printed_commands(file):
+            overrides = [quote(word) for word in words if "=" in word and "..." not in word]
+            assert len(OverridesParser.create().parse_overrides(overrides)) == len(overrides)
 
 
 def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ MESSAGES = {
     ("train", TOY, "nonsense"): (
         "nonsense: Hydra cannot read this; write key=value, and quote text with signs: key='\"a, b\"'"
     ),
+    ("train", TOY, "model.width=[1,2]"): (
+        "model.width: got [1, 2], expected a number, such as 4; to set a list all the same, write ++model.width=[1,2]"
+    ),
+    ("train", TOY, "~callback"): (
+        "~callback: a list of this group, or no choice at all; leave all of it out with callback=[]"
+    ),
+    ("train", TOY, "+logger=wandb"): (
+        "logger: this group has its choice already; choose another with logger=..., without a +"
+    ),
+    ("train", TOY, "seed=1.5"): "seed: got 1.5, expected a whole number from 0 on",
+    ("train", TOY, "seed='${oc.env:HOME}'"): "seed: got '/",
     ("train", TOY, "name=a/b"): "name: got 'a/b', expected letters, digits and _.+-, as it names a folder",
     ("train", TOY, "run_id=.."): "run_id: got '..', expected letters, digits and _.+-, as it names a folder",
     ("train", TOY, "resume=nowhere"): (

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import read_json
+from omegaconf import OmegaConf
 
 from ldm.cli import plan_published
 from ldm.cli.main import main
+from ldm.cli.plan import share_of_batch
 
 TINY = ["experiment=quickstart", "trainer.precision=bf16-mixed"]
 
@@ -26,6 +28,11 @@ def test_a_plan_says_batch_memory_time_and_hours(tmp_path: Path, capsys: pytest.
     assert found["gpu_hours"] == pytest.approx(16 * found["hours"])
     assert found["batch"]["micro"] * found["gpus"] * found["batch"]["accumulate"] == 32
     assert f"errs by {plan_published.MEDIAN_ERROR:.0%} in the median" in said
+
+
+def test_no_accumulation_is_one_batch_a_step() -> None:
+    config = OmegaConf.create({"data": {"batch_size": 6}, "trainer": {"accumulate_grad_batches": None}})
+    assert share_of_batch(config, 2) == 3
 
 
 def test_training_says_its_memory_and_does_not_train(

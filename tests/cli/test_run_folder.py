@@ -11,8 +11,10 @@ from threading import Barrier
 import pytest
 import torch
 from cli_helpers import environment, read_json
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.cli.compose import compose_command, conf_folder
 from ldm.cli.errors import UserError
 from ldm.cli.provenance import REDACTED, is_secret, redact, redact_override
 from ldm.cli.run_folder import RunFolder, finished_runs, latest_finished, run_folder_of
@@ -80,6 +82,29 @@ def test_the_current_folder_leaves_the_run_id(tmp_path: Path, monkeypatch: pytes
         monkeypatch.chdir(tmp_path / name)
         ids.add(run_id())
     assert len(ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "other"),
+    [
+        (["trainer.max_steps=1e4"], ["trainer.max_steps=10000"]),
+        (["trainer.precision=32"], []),
+        (["seed=${oc.env:TOY_SEED}"], ["seed=3"]),
+    ],
+)
+def test_two_ways_to_write_one_setting_are_one_run(
+    typed: list[str], other: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_SEED", "3")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        found = [compose_command("train", ["~experiment", "name=mine", *words]) for words in (typed, other)]
+    assert len({RunFolder.of(one, command="train").path for one in found}) == 1
+
+
+def test_all_of_the_batches_does_not_become_one_of_them() -> None:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        trainer = compose_command("train", ["debug=fast", "trainer.limit_val_batches=1.0"]).trainer
+    assert isinstance(trainer.limit_val_batches, float)
 
 
 def test_a_given_run_id_names_the_folder(folder: Path) -> None:

@@ -269,6 +269,8 @@ def test_every_shipped_space_fits_the_quickstart(
 ) -> None:
     assert ldm("sweep", f"space={space}", "dry_run=true") == 0
     assert "optimizer.lr=1e-05" in capsys.readouterr().out
+    assert ldm("sweep", f"space={space}", "space.optimizer.lr.low=2e-6", "dry_run=true") == 0
+    assert "optimizer.lr=2e-06" in capsys.readouterr().out
 
 
 class Executor:
