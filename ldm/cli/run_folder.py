@@ -190,8 +190,8 @@ class RunFolder:
 def digest(config: DictConfig) -> str:
     """Eight hexadecimal digits of what decides the result: the resolved config without places and displays."""
     probe = copy.deepcopy(config)
-    for key in probe.paths:
-        probe.paths[key] = f"<{key}>"
+    # Not of a place of the user's own, such as paths.data: elsewhere other data may lie.
+    probe.paths.runs = "<runs>"
     probe.run_id, probe.run_dir = "<run_id>", "<run_dir>"
     if "checkpoint_io" in probe:
         probe.checkpoint_io = "<checkpoint_io>"

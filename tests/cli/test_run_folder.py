@@ -75,6 +75,12 @@ def test_what_changes_the_result_changes_the_run_id(change: dict[str, object], f
     assert run_id(**change) != run_id()
 
 
+def test_data_that_lie_in_a_place_of_ones_own_are_told_from_others(folder: Path) -> None:
+    data = {"data.train": "${paths.data}/train"}
+    assert run_id(**data, **{"paths.data": "/faces"}) != run_id(**data, **{"paths.data": "/birds"})
+    assert run_id(**{"paths.data": "/faces"}) == run_id(**{"paths.data": "/birds"}) == run_id()
+
+
 def test_the_current_folder_leaves_the_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = set()
     for name in ("here", "there"):
