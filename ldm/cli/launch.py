@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.chain import plan, register_resolver, remember, shown
-from ldm.cli.compose import compose_command, hydra_options, is_number
+from ldm.cli.compose import compose_command, hydra_options
 from ldm.cli.console import say
 from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.launch_template import literal, render
-from ldm.cli.memory import takes_pieces
+from ldm.cli.memory import in_pieces, takes_pieces
 from ldm.cli.run_folder import RunFolder
 
 # Settings that no template need ask for.
@@ -141,11 +141,7 @@ def shares(config: DictConfig, trained: DictConfig) -> list[str]:
             f"max_batch_per_gpu: got {most} for an autoencoder, whose steps are of whole batches, expected at least "
             f"{share}, the share of a GPU; set data.batch_size={processes * most}, or more nodes"
         )
-    accumulated = pieces * (OmegaConf.select(trained, "trainer.accumulate_grad_batches") or 1)
-    interval = OmegaConf.select(trained, "trainer.val_check_interval")
-    # Lightning counts batches.
-    validated = [f"trainer.val_check_interval={pieces * interval}"] if is_whole(interval) else []
-    return [f"data.batch_size={size // pieces}", f"trainer.accumulate_grad_batches={accumulated}", *validated]
+    return in_pieces(trained, pieces)
 
 
 def strategy(config: DictConfig, trained: DictConfig) -> list[str]:
@@ -217,11 +213,6 @@ def deliver(text: str, job: DictConfig) -> None:
 def note(line: str) -> None:
     """A line for the reader, on standard error: standard output may be the file."""
     sys.stderr.write(f"{line}\n")
-
-
-def is_whole(value: object) -> bool:
-    """Whether this is an integer, and not true or false."""
-    return is_number(value) and isinstance(value, int)
 
 
 def _first_key(override: str) -> str:

@@ -13,6 +13,8 @@ from ldm.cli.errors import UserError
 
 # What `on_out_of_memory` may be.
 CHOICES = ("stop", "halve")
+# Of the trainer, what is a number of batches where it is a whole one.
+COUNTED = ("val_check_interval", "limit_val_batches", "limit_train_batches", "overfit_batches")
 # The exit code: an error like any other.
 OUT_OF_MEMORY = 1
 
@@ -28,13 +30,21 @@ def remedies(config: DictConfig) -> str:
 def smaller(config: DictConfig) -> list[str]:
     """Overrides that halve what is computed at once, and change no step; none where that cannot be halved."""
     size = OmegaConf.select(config, "data.batch_size")
-    if not isinstance(size, int) or size % 2 or size < 2 or not takes_pieces(config):
-        return []
+    halves = isinstance(size, int) and size > 1 and size % 2 == 0 and takes_pieces(config)
+    return in_pieces(config, 2) if halves else []
+
+
+def in_pieces(config: DictConfig, count: int) -> list[str]:
+    """Overrides by which every batch goes through in so many pieces: the same steps, validated as often, on as much."""
     accumulated = OmegaConf.select(config, "trainer.accumulate_grad_batches") or 1
-    overrides = [f"data.batch_size={size // 2}", f"trainer.accumulate_grad_batches={2 * accumulated}"]
-    interval = OmegaConf.select(config, "trainer.val_check_interval")
+    size = OmegaConf.select(config, "data.batch_size")
+    overrides = [f"data.batch_size={size // count}", f"trainer.accumulate_grad_batches={count * accumulated}"]
     # Lightning counts batches.
-    return overrides + ([f"trainer.val_check_interval={2 * interval}"] if isinstance(interval, int) else [])
+    for name in COUNTED:
+        value = OmegaConf.select(config, f"trainer.{name}")
+        if isinstance(value, int) and not isinstance(value, bool) and value:
+            overrides.append(f"trainer.{name}={count * value}")
+    return overrides
 
 
 def halve(config: DictConfig) -> str | None:

@@ -32,6 +32,15 @@ def test_halving_keeps_the_samples_of_a_step_and_ends_at_an_odd_size() -> None:
     assert (config.data.batch_size, config.trainer.accumulate_grad_batches) == (3, 12)
 
 
+def test_in_smaller_pieces_validation_sees_as_many_samples() -> None:
+    for whole, halved in ((10, 20), (1.0, 1.0), (0, 0)):
+        config = OmegaConf.create(CONFIG)
+        config.trainer.limit_val_batches = whole
+        config.on_out_of_memory = "halve"
+        halve(config)
+        assert config.trainer.limit_val_batches == halved and type(config.trainer.limit_val_batches) is type(whole)
+
+
 @pytest.mark.parametrize("changed", [{"on_out_of_memory": "stop"}, {"data": {}}])
 def test_nothing_is_halved_unasked_or_without_a_batch_size(changed: dict) -> None:
     assert halve(OmegaConf.create({**CONFIG, "on_out_of_memory": "halve", **changed})) is None
