@@ -19,7 +19,8 @@ class EMA(nn.Module, Generic[Module]):
     """A copy of `trained` whose parameters follow it, one update an optimizer step.
 
     Frozen parameters of `trained` are shared, not copied; buffers are those of the last update. The decay
-    rises as (1 + n) / (10 + n) with the number n of updates, so that short runs average too (as LDM's LitEma does).
+    rises as (1 + n) / (10 + n) with the number n of updates before, so that short runs average too (after LDM's LitEma,
+    whose n counts the update itself).
 
     Args:
         decay: a step.
