@@ -94,7 +94,9 @@ class LPIPS(nn.Module):
         activations = []
         for stage in self.stages:
             x = stage(x)
-            activations.append(x / torch.sqrt(x.square().sum(dim=1, keepdim=True) + 1e-8))
+            # Squares of activations above 256 are beyond float16, in which autocast leaves them.
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            activations.append(exact / torch.sqrt(exact.square().sum(dim=1, keepdim=True) + 1e-8))
         return activations
 
     def between(self, activations: list[Tensor], others: list[Tensor]) -> Tensor:

@@ -55,6 +55,20 @@ def test_the_distance_can_be_differentiated(alex) -> None:
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_activations_keep_their_distance_in_half_precision(alex, dtype: torch.dtype) -> None:
+    """As in training with trainer.precision=16-mixed and perceptual=lpips."""
+    distance = LPIPS(alex, backbone="alex")
+    for parameter in distance.stages[0].parameters():
+        parameter.mul_(3e3)
+    images, others = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in (0, 1))
+    assert distance.stages[0]((images - distance.shift) / distance.scale).max() > 500
+    expected = distance(images, others)
+    with torch.autocast("cpu", dtype):
+        found = distance(images, others)
+    assert_close(found, expected, rtol=0.02, atol=0)
+
+
 def test_the_mean_of_a_metric_is_that_of_its_pairs(alex) -> None:
     network = LPIPS(alex, backbone="alex").double()
     metric = PerceptualDistance(network)
