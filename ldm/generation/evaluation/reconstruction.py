@@ -52,7 +52,7 @@ def evaluate_reconstructions(
     """Reconstructs every image of the evaluation's reference from its mean latents and measures the results.
 
     Raises:
-        ValueError: there is no reference.
+        ValueError: there is no reference, or its images are of several sizes.
     """
     originals = evaluation.originals()
     evaluation.prompts, evaluation.num_samples, evaluation.seed = [{"prompt": ""}], len(originals), 0
@@ -73,4 +73,11 @@ def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
 
 
 def _batch(images: Images, numbers: Sequence[int]) -> Tensor:
-    return torch.stack([images[number]["image"] for number in numbers]).float() / 127.5 - 1
+    levels = [images[number]["image"] for number in numbers]
+    sizes = sorted({(picture.shape[2], picture.shape[1]) for picture in levels})
+    if len(sizes) > 1:
+        told = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
+        raise ValueError(
+            f"reference: got images of {told} pixels to reconstruct, expected one size; set resolution=256"
+        )
+    return torch.stack(levels).float() / 127.5 - 1

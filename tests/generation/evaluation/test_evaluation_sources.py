@@ -270,3 +270,13 @@ def test_reconstructions_are_measured_against_their_originals_and_codes_counted(
     assert "Originals and reconstructions" in page and "Nearest" not in page
     with pytest.raises(ValueError, match="expected one with a codebook"):
         with_codes({"codes": CodebookUsage(3)}, KLAutoencoder(**shape))
+
+
+def test_originals_of_several_sizes_are_refused_in_one_line(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "real", pixels(1))
+    Image.fromarray(pixels(1, 32)[0]).save(tmp_path / "real" / "9.png")
+    evaluation = Evaluation(metrics={"quality": ReconstructionQuality()}, reference=tmp_path / "real")
+    subject = Subject(tmp_path / "out", torch.device("cpu"), {}, FreeWorkers())
+    autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4)
+    with pytest.raises(ValueError, match="reference: got images of 16x16 and 32x32 pixels to reconstruct, expected"):
+        evaluate_reconstructions(evaluation, autoencoder, subject, batch_size=2)
