@@ -101,7 +101,8 @@ def read_prompts(config: DictConfig) -> list[str] | None:
     path = Path(config.prompt_file).expanduser()
     if not path.is_file():
         raise UserError(f"prompt_file: got {path}, which is not a file; expected one prompt a line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with path.open(encoding="utf-8") as lines:  # which end where editors end them, unlike those of str.splitlines
+        prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompt_file: got {path} without a line of text; expected one prompt a line")
     return prompts

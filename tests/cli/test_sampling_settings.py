@@ -1,5 +1,6 @@
 """What `ldm sample` makes of single settings, without a model."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from omegaconf import OmegaConf
 
 import ldm
 from ldm.cli.errors import UserError
-from ldm.cli.sample import prompts_left_out
+from ldm.cli.sample import prompts_left_out, read_prompts
 from ldm.cli.sampling import read_loras
 from ldm.conditioners import ClassLabel, Unconditional
 
@@ -36,3 +37,9 @@ def test_only_a_model_without_conditions_does_without_a_prompt() -> None:
     assert prompts_left_out(SimpleNamespace(conditioner=Unconditional())) == [""]
     with pytest.raises(UserError, match=r"^prompt: got none"):
         prompts_left_out(SimpleNamespace(conditioner=ClassLabel(10, width=8)))
+
+
+def test_what_unicode_calls_a_line_break_is_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat,\u2028asleep\r\n\r\na\x0cdog\r\n", encoding="utf-8", newline="")
+    config = OmegaConf.create({"prompt": None, "prompt_file": str(tmp_path / "prompts.txt")})
+    assert read_prompts(config) == ["a cat,\u2028asleep", "a\x0cdog"]
