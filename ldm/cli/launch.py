@@ -20,6 +20,7 @@ from ldm.cli.errors import UserError, user_mistakes
 from ldm.cli.launch_template import literal, render
 from ldm.cli.memory import in_pieces, takes_pieces
 from ldm.cli.run_folder import RunFolder
+from ldm.cli.unread import refuse_unread
 
 # Settings that no template need ask for.
 USED_HERE = ("launch", "template", "nodes", "gpus_per_node", "max_batch_per_gpu", "out")
@@ -113,6 +114,7 @@ def check_training(overrides: Sequence[str]) -> DictConfig:
     for part in ("model", "data"):
         if trained.get(part) is None:
             raise UserError(f"{part}: experiment {trained.name} sets none, so there is nothing to train")
+    refuse_unread(trained, overrides)
     return trained
 
 

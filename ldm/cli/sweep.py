@@ -23,6 +23,7 @@ from ldm.cli.errors import Interrupted, RunFailed, UserError, did_you_mean, user
 from ldm.cli.provenance import redact, redact_override
 from ldm.cli.run_folder import RunFolder, locked
 from ldm.cli.sweep_space import Choice, Parameter, check_free, override, read_space
+from ldm.cli.unread import refuse_unread
 
 # Settings of the sweep itself; every other override is its trials'.
 GROUPS = ("space", "search", "pruner")
@@ -120,12 +121,13 @@ def check_keys(parameters: Sequence[Parameter], base: Sequence[str]) -> None:
     """Composes a trial for each value that a parameter names.
 
     Raises:
-        UserError: there is no such setting or option; with the nearest one.
+        UserError: there is no such setting or option, with the nearest one; or nothing reads it.
     """
     for parameter in parameters:
         for value in parameter.examples if isinstance(parameter, Choice) else parameter.examples[:1]:
             try:
-                compose_command("train", [*base, override(parameter.key, value)])
+                tried = [*base, override(parameter.key, value)]
+                refuse_unread(compose_command("train", tried), tried)
             except UserError as error:
                 raise UserError(f"space: {error}") from error
 

@@ -20,10 +20,16 @@ from ldm.cli.evaluate_parts import evaluate_at_end
 from ldm.cli.memory import OUT_OF_MEMORY, check_memory, halve, remedies
 from ldm.cli.run_folder import RunFolder
 from ldm.cli.sampling import open_pipeline
+from ldm.cli.unread import refuse_unread
 
 
 def train(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Runs the chain of an experiment, then says where everything is and what to type next."""
+    """Runs the chain of an experiment, then says where everything is and what to type next.
+
+    Raises:
+        UserError: something is chosen that nothing reads, or cannot be built.
+    """
+    refuse_unread(config, overrides)
     folder = run_chain("train", config, overrides)
     if rank() == 0:
         report(folder)

@@ -55,6 +55,13 @@ MESSAGES = {
     ),
     ("train", TOY, "seed=1.5"): "seed: got 1.5, expected a whole number from 0 on",
     ("train", TOY, "seed='${oc.env:HOME}'"): "seed: got '/",
+    ("train", "experiment=finetune/lora", "schedule=cosine"): (
+        "schedule=cosine: nothing in finetune_lora reads schedule, so that it would change nothing; leave it out"
+    ),
+    ("launch", "experiment=digits_classifier", "compile=blocks"): "compile=blocks: nothing in digits_classifier reads",
+    ("sweep", "experiment=digits_autoencoder", "+space.times=[uniform,logit_normal]"): (
+        "space: times=uniform: nothing in digits_autoencoder reads times"
+    ),
     ("train", TOY, "name=a/b"): "name: got 'a/b', expected letters, digits and _.+-, as it names a folder",
     ("train", TOY, "run_id=.."): "run_id: got '..', expected letters, digits and _.+-, as it names a folder",
     ("train", TOY, "resume=nowhere"): (
