@@ -77,7 +77,7 @@ def find_run(config: DictConfig) -> Path:
     if found is None:
         raise UserError(
             f"run: got none, and no finished run under {runs.absolute()} has snapshots; train with "
-            "callback=[...,post_hoc_ema], or give run=..."
+            "+callback=post_hoc_ema, or give run=..."
         )
     return found
 

@@ -99,13 +99,13 @@ def quote(argument: str) -> str:
 def grouped(command: str, argument: str) -> str:
     """`metrics=[fid,is]` of `ldm evaluate` as the choice of a group that it is, metric=[fid,inception_score].
 
-    `callback=[...,is]` of `ldm train` means the inception score too.
+    `+callback=[is]` of `ldm train` means the inception score too.
     """
     key, _, value = argument.partition("=")
-    group = {("evaluate", "metrics"): "metric", ("train", "callback"): "callback"}.get((command, key))
+    group = {("evaluate", "metrics"): "metric", ("train", "callback"): "callback"}.get((command, key.lstrip("+")))
     if group is None:
         return argument
-    return f"{group}=" + re.sub(r"(?<![\w])is(?![\w])", "inception_score", value)
+    return f"{'+' * key.startswith('+')}{group}=" + re.sub(r"(?<![\w])is(?![\w])", "inception_score", value)
 
 
 def named(command: str, argument: str, before: str) -> str:

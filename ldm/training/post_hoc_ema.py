@@ -214,7 +214,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
         map(read_facts, folder.glob("*.safetensors")), key=lambda one: (one.profile.step, one.profile.sigma_rel)
     )
     if not found:
-        raise ValueError(f"got no snapshots in {folder}, expected some; train with callback=[...,post_hoc_ema]")
+        raise ValueError(f"got no snapshots in {folder}, expected some; train with +callback=post_hoc_ema")
     for one, other in itertools.pairwise(found):
         if one.profile == other.profile:
             raise ValueError(f"got {one.path} and {other.path}, two snapshots of one profile; remove one of them")

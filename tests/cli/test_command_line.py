@@ -78,6 +78,7 @@ def test_help_and_config_errors_do_without_torch(words: list[str], code: int, tm
         ("evaluate", "metrics=[fid,is]", "metric=[fid,inception_score]"),
         ("train", "callback=[checkpoint,is]", "callback=[checkpoint,inception_score]"),
         ("train", "callback=[this]", "callback=[this]"),
+        ("train", "+callback=is", "+callback=inception_score"),
         ("sample", "prompt=is", "prompt=is"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_run_without_weights_of_its_own_has_averages_too(run: Path, tmp_path: 
 
 def test_mistakes_are_one_line_each(fails: Callable[..., str], run: Path, tmp_path: Path) -> None:
     assert "run: got nowhere, expected a run folder" in fails("run=nowhere")
-    assert "has snapshots; train with callback=[...,post_hoc_ema]" in fails(f"paths.runs={tmp_path}")
+    assert "has snapshots; train with +callback=post_hoc_ema" in fails(f"paths.runs={tmp_path}")
     assert "got sigma_rel=0.4, expected more than 0" in fails("sigma_rel=0.4")
     assert "got step=7, expected that of a snapshot, 1 to 3; the nearest is 3" in fails("step=7")
     assert "out: got made.ckpt, expected NAME.safetensors" in fails("out=made.ckpt")

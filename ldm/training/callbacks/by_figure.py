@@ -87,7 +87,7 @@ def check_measured(trainer: pl.Trainer, name: str) -> None:
     metric = name.removeprefix("val/").partition("/")[0]
     if metric in SAMPLED and not measuring(trainer, name):
         raise ValueError(
-            f"got monitor={name}, which nothing measures, expected a callback that does; set callback=[...,{metric}], "
+            f"got monitor={name}, which nothing measures, expected a callback that does; set +callback={metric}, "
             "or another monitor"
         )
 
