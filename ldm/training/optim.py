@@ -14,12 +14,17 @@ def constant(optimizer: Optimizer, *, num_warmup_steps: int = 0) -> LambdaLR:
 
 
 def cosine(optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int = 0, final_factor: float = 0.0) -> LambdaLR:
-    """Linear warm-up, then half a cosine down to final_factor at num_steps."""
+    """Linear warm-up, then half a cosine down to final_factor at num_steps.
+
+    Raises:
+        ValueError: there is no such end.
+    """
+    _check_end(num_steps)
     if num_warmup_steps >= num_steps:
         num_warmup_steps = 0  # a run shortened to a few steps has no room to warm up
 
     def factor(step: int) -> float:
-        progress = min(1.0, max(0, step - num_warmup_steps) / (num_steps - num_warmup_steps))
+        progress = _progress(step, num_warmup_steps, num_steps)
         fall = final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2
         return fall * _warmup(step, num_warmup_steps)
 
@@ -38,7 +43,12 @@ def linear_steps(
     """From start_factor to peak_factor over the warm-up, then on a line to final_factor at num_steps.
 
     With final_factor = peak_factor that is a warm-up alone: `LambdaLinearScheduler` of latent diffusion's configs.
+
+    Raises:
+        ValueError: there is no such end, which only a warm-up alone can do without.
     """
+    if final_factor != peak_factor:
+        _check_end(num_steps)
 
     def factor(step: int) -> float:
         if step < num_warmup_steps:
@@ -58,6 +68,8 @@ def cosine_steps(
     final_factor: float = 0.0,
 ) -> LambdaLR:
     """As `linear_steps`, with half a cosine after the warm-up: `LambdaWarmUpCosineScheduler` of latent diffusion."""
+    if final_factor != peak_factor:
+        _check_end(num_steps)
 
     def factor(step: int) -> float:
         if step < num_warmup_steps:
@@ -66,6 +78,15 @@ def cosine_steps(
         return final_factor + (peak_factor - final_factor) * fall
 
     return LambdaLR(optimizer, factor)
+
+
+def _check_end(num_steps: int) -> None:
+    """Raises ValueError for a training without a last step, trainer.max_steps=-1: nothing says when to have fallen."""
+    if num_steps < 0:
+        raise ValueError(
+            f"lr_schedule.num_steps: got {num_steps}, expected the number of steps in which the learning rate falls; "
+            "set trainer.max_steps, or choose lr_schedule=constant"
+        )
 
 
 def _progress(step: int, num_warmup_steps: int, num_steps: int) -> float:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.training.optim import constant, cosine, inverse_sqrt
+from ldm.training.optim import constant, cosine, cosine_steps, inverse_sqrt, linear_steps
 
 
 def rates(make: Callable[[Optimizer], LRScheduler], num_steps: int, lr: float = 2.0) -> list[float]:
@@ -44,6 +45,13 @@ def test_cosine_warms_up_first_and_reaches_its_peak_there() -> None:
 def test_a_run_shorter_than_its_warm_up_starts_at_the_full_rate(num_steps: int) -> None:
     found = rates(lambda o: cosine(o, num_steps=num_steps, num_warmup_steps=100), num_steps)
     assert found[0] == 2.0 and found[-1] > 0
+
+
+@pytest.mark.parametrize("falls", [cosine, partial(linear_steps, final_factor=0.1), cosine_steps])
+def test_a_rate_that_falls_to_the_end_is_refused_where_training_has_none(falls: Callable[..., LRScheduler]) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=r"lr_schedule\.num_steps: got -1, .* set trainer\.max_steps"):
+        falls(optimizer, num_steps=-1, num_warmup_steps=100)
 
 
 def test_inverse_sqrt_is_constant_and_then_falls_with_the_root_of_the_steps() -> None:
