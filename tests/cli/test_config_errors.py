@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line(
         (["model.width=0"], "model: width: got 0, expected at least 1"),
         (["++model.widht=3"], "model: toy_training.ToyModel takes no 'widht'; did you mean width?"),
         (["model._target_=toy_training.ToyModle"], "model: cannot import toy_training.ToyModle; check its spelling"),
-        (["trainer.precision=17"], "Precision 17 is invalid"),
+        (["trainer.precision=17"], "Precision '17' is invalid"),
         (["++trainer.max_stepz=3"], "pytorch_lightning.Trainer takes no 'max_stepz'; did you mean max_steps?"),
         (["data.folder=nowhere"], "no data in nowhere; write it first"),
         (["callback.checkpoint.keep=0"], "callback.checkpoint: keep: got 0, expected at least 2"),
