@@ -82,7 +82,8 @@ class MicroDiT(nn.Module):
             raise ValueError(f"got drop_patches {drop_patches}, expected a share from 0 up to, not including, 1")
         self.accepted = AcceptedConditions(context_dim, None, None)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.patch_size, self.width = patch_size, width
+        self.patch_size = self.downsampling_factor = patch_size
+        self.width = width
         self.position_scale, self.drop_patches = position_scale, drop_patches
         self.checkpoint_blocks = checkpoint_blocks
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size=patch_size)
@@ -114,7 +115,7 @@ class MicroDiT(nn.Module):
         self.accepted.check(cond)
         if cond.mask is not None:
             raise ValueError("got a mask of the context, expected none; use a conditioner whose tokens are all read")
-        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.patch_size)
+        x = with_extra_channels(x, cond, in_channels=self.in_channels, multiple_of=self.downsampling_factor)
         rows, columns = (size // self.patch_size for size in x.shape[-2:])
         assert cond.context is not None
         text = self.y_emb_preprocess(self.y_embedder["y_proj"](cond.context))
