@@ -28,6 +28,8 @@ ENDINGS = (
     *(".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json"),
     *(".bin", ".bin.index.json", ".fp16.bin", ".bin.index.fp16.json"),
 )
+# More than this safetensors refuses.
+MAX_HEADER_BYTES = 100_000_000
 # How a page begins that a site sent in place of the file.
 _PAGE = (b"<!doctype", b"<html", b"<?xml")
 
@@ -111,12 +113,13 @@ def _kind(path: Path, head: bytes) -> str:
         raise ValueError(
             f"got {path}, a web page in place of the weights; download the file itself, logged in if needed"
         )
+    # First: the length that they begin with may be any bytes, those of a zip or a pickle too.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
+        return "safetensors"
     if head.startswith(b"PK"):
         return "zip"
     if head.startswith(b"\x80"):
         return "pickle"
-    if len(head) > 8 and head[8:9] == b"{":
-        return "safetensors"
     raise ValueError(f"got {path}, which is neither safetensors nor a torch pickle; expected one of them")
 
 

@@ -62,6 +62,15 @@ def test_the_kind_is_told_by_the_content_and_not_by_the_name(tmp_path: Path) -> 
     assert_same(read_file(tmp_path / "model.ckpt").state)
 
 
+@pytest.mark.parametrize(("length", "beginning"), [(0x80, b"\x80"), (0x4B50, b"PK")])
+def test_safetensors_may_begin_with_the_bytes_of_another_kind(tmp_path: Path, length: int, beginning: bytes) -> None:
+    path, header = tmp_path / "a.safetensors", {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    values = np.array([1.5, -2.0], dtype="<f4")
+    path.write_bytes(length.to_bytes(8, "little") + json.dumps(header).encode().ljust(length) + values.tobytes())
+    assert path.read_bytes().startswith(beginning)
+    assert read_file(path).state["a"].tolist() == [1.5, -2.0]
+
+
 def test_shards_are_read_as_one(tmp_path: Path) -> None:
     save_file({"a.weight": STATE["a.weight"]}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": STATE["b"]}, tmp_path / "model-00002-of-00002.safetensors")
