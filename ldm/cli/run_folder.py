@@ -62,6 +62,8 @@ WITHOUT_EFFECT = (
     "trainer.strategy.timeout",
     "trainer.strategy.timeout_minutes",
 )
+# The same, where the order of samples is a function of the position: that of a stream depends on its workers.
+WITHOUT_EFFECT_INDEXED = ("data.num_workers", "data.workers", "data.cache")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -198,7 +200,8 @@ def digest(config: DictConfig) -> str:
     start = config.get("resume")
     OmegaConf.resolve(probe)
     container = redact(OmegaConf.to_container(probe))
-    for key in WITHOUT_EFFECT:
+    is_indexed = (container.get("data") or {}).get("mode", "indexed") == "indexed"
+    for key in (*WITHOUT_EFFECT, *(WITHOUT_EFFECT_INDEXED if is_indexed else ())):
         _drop(container, key)
     if start not in (None, "auto", "never"):
         container["resume"] = start if "://" in str(start) else str(Path(start).absolute())

@@ -70,6 +70,13 @@ def test_places_and_displays_leave_the_run_id(change: dict[str, object], folder:
     assert run_id(**change) == run_id()
 
 
+def test_workers_leave_the_run_id_unless_they_decide_the_order(folder: Path) -> None:
+    data = {"data.train": "shards", "data.num_workers": 0}
+    assert run_id(**data) == run_id(**{**data, "data.num_workers": 8, "data.cache": True})
+    stream = {**data, "data.mode": "stream"}
+    assert run_id(**stream) != run_id(**{**stream, "data.num_workers": 8})
+
+
 @pytest.mark.parametrize("change", [{"model.learning_rate": 0.2}, {"trainer.max_steps": 6}, {"name": "other"}], ids=str)
 def test_what_changes_the_result_changes_the_run_id(change: dict[str, object], folder: Path) -> None:
     assert run_id(**change) != run_id()
