@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ldm.diffusion import Conditioning
 
 
 def spreads_parameters(strategy: Any) -> bool:
@@ -56,9 +60,18 @@ def shard_whole(module: nn.Module, *, mesh: Any, methods: tuple[str, ...]) -> No
     """Spreads a small module's parameters; `methods` besides `forward` are what else computes with them."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    _let_conditions_be_trees()
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for method in methods:
         register_fsdp_forward_method(module, method)
+
+
+@cache
+def _let_conditions_be_trees() -> None:
+    """Lets torch below 2.15 find the tensors of a `Conditioning`: parameters are gathered for the backward pass of those
+    that a forward pass is seen to return.
+    """
+    torch.export.register_dataclass(Conditioning)
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
