@@ -68,9 +68,7 @@ def shard_whole(module: nn.Module, *, mesh: Any, methods: tuple[str, ...]) -> No
 
 @cache
 def _let_conditions_be_trees() -> None:
-    """Lets torch below 2.15 find the tensors of a `Conditioning`: parameters are gathered for the backward pass of those
-    that a forward pass is seen to return.
-    """
+    """Lets torch below 2.15 find tensors in a `Conditioning`: a backward pass gathers what those that it finds need."""
     torch.export.register_dataclass(Conditioning)
 
 
