@@ -69,3 +69,8 @@ def test_an_autoencoder_whose_steps_are_of_whole_batches_is_told_of_no_pieces() 
 def test_halving_an_autoencoder_is_refused_before_anything_begins() -> None:
     with pytest.raises(UserError, match="on_out_of_memory: got halve for an autoencoder, whose steps are of whole"):
         check_memory(OmegaConf.create({**AUTOENCODER, "on_out_of_memory": "halve"}))
+
+
+def test_a_model_that_a_function_makes_is_halved() -> None:
+    config = OmegaConf.create({**CONFIG, "on_out_of_memory": "halve", "model": {"_target_": "ldm.load"}})
+    assert (halve(config) or "").startswith("data.batch_size=4")
