@@ -2,6 +2,10 @@
 (() => {
   const content = JSON.parse(document.getElementById("pairs").textContent);
   const place = "ldm-vote-" + content.page;
+  // The first lives as long as this tab, the second outlives it; but of a page that is opened as a file, Chromium
+  // reads the second as it was some votes ago in a quarter of all reloads. Nothing is kept before the first vote,
+  // so that a page that read nothing overwrites nothing.
+  const shelves = ["sessionStorage", "localStorage"];
   const at = (id) => document.getElementById(id);
   let state = restored() || fresh();
   let shownAt = 0;
@@ -18,17 +22,22 @@
   }
 
   function restored() {
+    const found = shelves.map(kept).filter((one) => one && one.order.length === content.pairs.length);
+    return found.sort((one, other) => (other.saved || 0) - (one.saved || 0))[0];
+  }
+
+  function kept(shelf) {
     try {
-      const found = JSON.parse(localStorage.getItem(place));
-      return found && found.order.length === content.pairs.length ? found : null;
+      return JSON.parse(window[shelf].getItem(place));
     } catch {
       return null;
     }
   }
 
   function keep() {
+    state.saved = Date.now();
     try {
-      localStorage.setItem(place, JSON.stringify(state));
+      shelves.forEach((shelf) => window[shelf].setItem(place, JSON.stringify(state)));
     } catch {
       warn("This browser keeps nothing for this page: download the votes before it is closed.");
     }
@@ -118,6 +127,5 @@
   at("voter").value = state.voter;
   at("voter").addEventListener("input", () => { state.voter = at("voter").value; keep(); });
   at("question").textContent = content.question;
-  keep();
   show();
 })();
