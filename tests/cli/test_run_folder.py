@@ -61,6 +61,8 @@ def test_the_same_config_finds_the_same_folder(folder: Path) -> None:
         {"paths.runs": "/elsewhere"},
         {"logger.csv.folder": "x"},
         {"callback.progress.every": 9},
+        {"callback.sample_grid.every_n_steps": 9},
+        {"callback.checkpoint.every_n_steps": 9, "callback.checkpoint.keep": 3},
         {"trainer.log_every_n_steps": 9},
         {"trainer.devices": 4, "trainer.num_nodes": 2},
     ],

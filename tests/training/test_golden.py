@@ -5,12 +5,15 @@ number of workers moves these numbers. Whoever changes them on purpose says so i
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 
 from ldm.training import AutoencoderModule, LatentDiffusionModule
+from ldm.training.callbacks import SampleGrid
+from ldm.training.checkpoints import Checkpoints
 
 LATENT_DIFFUSION = {"train/loss": [2.240125, 2.164182, 2.096082, 2.194193, 2.260331]}
 AUTOENCODER = {
@@ -30,6 +33,21 @@ def test_five_losses_of_latent_diffusion_are_the_recorded_ones(
     make_trainer(max_steps=5, callbacks=[losses]).fit(make_latent_diffusion(), make_data())
     for name, expected in LATENT_DIFFUSION.items():
         assert [row[name] for row in losses.rows] == pytest.approx(expected, rel=1e-4)
+
+
+def test_pictures_and_saves_on_the_way_leave_the_losses(
+    make_latent_diffusion: Callable[..., LatentDiffusionModule],
+    make_data: Callable[..., Any],
+    make_trainer: Callable[..., pl.Trainer],
+    losses: Any,
+    tmp_path: Path,
+) -> None:
+    """So neither is part of a run's name."""
+    often = [SampleGrid(tmp_path / "samples", every_n_steps=2), Checkpoints(tmp_path / "saved", every_n_steps=1)]
+    trainer = make_trainer(max_steps=5, callbacks=[losses, *often], enable_checkpointing=True)
+    trainer.fit(make_latent_diffusion(), make_data())
+    assert len(list((tmp_path / "samples").glob("step=*.png"))) == 3
+    assert [row["train/loss"] for row in losses.rows] == pytest.approx(LATENT_DIFFUSION["train/loss"], rel=1e-4)
 
 
 def test_five_losses_of_the_autoencoder_are_the_recorded_ones(
