@@ -239,7 +239,7 @@ def test_the_next_block_is_fetched_while_this_one_is_read(bucket: str, tmp_path:
 
     prefetch = Prefetch(dataset, ShardOrder(dataset.shard_sizes, seed=3, block_size=1), 1)
     prefetch.advance(0)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(copies(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     prefetch.close()

@@ -157,7 +157,7 @@ def wait_for(folder: Path, pattern: str) -> Path:
 
 
 def until(happened: Callable[[], Any]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)
