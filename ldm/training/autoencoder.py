@@ -21,7 +21,13 @@ from ldm.networks import PatchDiscriminator
 from ldm.nn.weights import save_weights
 from ldm.training.frozen import drop_frozen, freeze, restore_frozen
 from ldm.training.latent_scale import measure_latent_scale
-from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss, reconstruction_loss
+from ldm.training.losses import (
+    adaptive_weight,
+    discriminator_hinge_loss,
+    generator_loss,
+    half_precision_scales,
+    reconstruction_loss,
+)
 from ldm.training.randomness import normal
 
 # Rombach et al. 2022, appendix G, and the configs of its code.
@@ -153,12 +159,13 @@ class AutoencoderModule(pl.LightningModule):
             return 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         generator = generator_loss(functional_call(self.discriminator, fixed, (reconstructions,)))
-        weight = self.adversarial_weight * adaptive_weight(reconstruction, generator, self.autoencoder.last_layer)
+        scales = half_precision_scales(images, per=self.autoencoder.loss_unit)
+        balance = adaptive_weight(reconstruction, generator, self.autoencoder.last_layer, scales=scales)
         discriminator = discriminator_hinge_loss(
             self.discriminator(images), self.discriminator(reconstructions.detach())
         )
         self.log_dict({"train/generator": generator.detach(), "train/discriminator": discriminator.detach()})
-        return weight * generator + discriminator
+        return self.adversarial_weight * balance * generator + discriminator
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Absolute error a pixel and peak signal-to-noise ratio in dB of the mean latents; counts codes in use."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,16 +40,41 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, scales: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
     """Ratio of the two losses' gradients at the decoder's last layer (Esser et al. 2021, eq. 7), without gradient.
 
     The gradients are those of the global batch, so that every rank gets the same weight.
+
+    Args:
+        reconstruction, adversarial: the losses.
+        last_layer: the weight of the decoder's last layer.
+        scales: what the losses are multiplied by, and their gradients divided by, as of `half_precision_scales`.
     """
+    losses = (reconstruction, adversarial)
     gradients = torch.stack(
-        [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+        [
+            torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0] / scale
+            for scale, loss in zip(scales, losses, strict=True)
+        ]
     )
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(gradients)
         gradients /= dist.get_world_size()
     gradient_r, gradient_a = gradients
     return (gradient_r.norm() / (gradient_a.norm() + 1e-4)).clamp(0, 1e4)
+
+
+def half_precision_scales(images: Tensor, *, per: str) -> tuple[float, float]:
+    """Scales of a reconstruction loss and of a mean over patches with which float16 holds both losses' gradients.
+
+    A pixel's part in them is then about one over the image's side: the sum over all pixels stays below float16's
+    largest number, and each part above its smallest. Powers of two, so that other precisions are not rounded anew.
+
+    Args:
+        images: (B, 3, H, W).
+        per: what the reconstruction loss is, as `reconstruction_loss` has it.
+    """
+    side = 2.0 ** round(math.log2(images[0, 0].numel()) / 2)
+    return (1 / side if per == "image" else side), side

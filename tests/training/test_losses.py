@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldm.training.losses import adaptive_weight, discriminator_hinge_loss, generator_loss, reconstruction_loss
+from ldm.training.losses import (
+    adaptive_weight,
+    discriminator_hinge_loss,
+    generator_loss,
+    half_precision_scales,
+    reconstruction_loss,
+)
 
 
 def test_reconstruction_is_absolute_error_summed_over_an_image_or_a_mean_over_values() -> None:
@@ -42,3 +48,20 @@ def test_the_adaptive_weight_is_the_ratio_of_gradient_norms_without_a_gradient()
 def test_the_adaptive_weight_is_bounded_where_the_adversary_has_no_gradient() -> None:
     layer = torch.nn.Parameter(torch.ones(3))
     assert_close(adaptive_weight((1e3 * layer).sum(), (0 * layer).sum(), layer), torch.tensor(1e4))
+
+
+@pytest.mark.parametrize(("per", "severity"), [("image", 100.0), ("value", 0.01)])
+def test_the_adaptive_weight_is_the_same_in_float16(per: str, severity: float) -> None:
+    """Of a large picture, whose sum over all pixels float16 does not hold, nor one pixel's part in their mean."""
+    torch.manual_seed(0)
+    layer, judge = torch.nn.Conv2d(4, 3, 3, padding=1), torch.nn.Conv2d(3, 1, 8, 8)
+    features, images = 1 + torch.rand(1, 4, 512, 512), torch.ones(1, 3, 512, 512)
+    weights = []
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            pictures = layer(features)
+            losses = reconstruction_loss(images, pictures, per=per), generator_loss(severity * judge(pictures))
+        scales = half_precision_scales(images, per=per)
+        weights.append(adaptive_weight(*losses, layer.weight, scales=scales))
+    assert weights[0] < 1e4
+    assert_close(weights[1], weights[0], rtol=1e-2, atol=0)
