@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -34,7 +35,8 @@ class T5Text(Conditioner):
     """A frozen T5 encoder with random weights, to load into; `T5Text.load` reads a trained one.
 
     Captions to Conditioning(context (B, L, context_dim), mask (B, L), True where a token is real). Prompts are read as
-    they are, without weights in brackets, and cut at L tokens.
+    they are, without weights in brackets, and cut at L tokens. Under an autocast to float16, which activations of T5
+    exceed, it computes in float32.
 
     Args:
         config: settings of transformers.T5Config; None is T5 v1.1 XXL.
@@ -91,7 +93,8 @@ class T5Text(Conditioner):
         """Encodes batch["caption"], B strings."""
         device = self.transformer.shared.weight.device
         ids, mask = (tensor.to(device) for tensor in read_tokens(self.tokenizer, batch))
-        context = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        with _without_float16(device):
+            context = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
         return Conditioning(context=context, mask=mask)
 
     def null(self, n: int) -> Conditioning:
@@ -105,3 +108,12 @@ class T5Text(Conditioner):
     def train(self, mode: bool = True) -> Self:
         """Frozen encoders stay in evaluation mode: T5 has dropout."""
         return super().train(mode and not self.is_frozen)
+
+
+def _without_float16(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast where there is one to float16; any other stays."""
+    # The meta device, on which memory and work are counted, knows no autocast.
+    is_cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if is_cast and torch.get_autocast_dtype(device.type) == torch.float16:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

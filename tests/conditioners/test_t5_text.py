@@ -44,6 +44,21 @@ def test_padding_does_not_change_real_tokens(folder: Path) -> None:
     assert_close(short, long[:, :4])
 
 
+@torch.no_grad()
+def test_activations_beyond_float16_survive_its_autocast(folder: Path) -> None:
+    """As those of T5 v1.1 XXL, whose second linear layers transformers keeps in float32 for it."""
+    encoder = T5Text.load(folder, length=12)
+    for block in encoder.transformer.encoder.block:
+        block.layer[1].DenseReluDense.wo.weight.mul_(1e6)
+    expected = encoder({"caption": CAPTIONS}).context
+    assert expected is not None and expected.isfinite().all()
+    for dtype, tolerance in ((torch.float16, 1e-5), (torch.bfloat16, 0.1)):
+        with torch.autocast("cpu", dtype):
+            assert relative_error(encoder({"caption": CAPTIONS}).context, expected) < tolerance
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(encoder({"caption": CAPTIONS}).context, expected) > 1e-5, "bfloat16 stays"
+
+
 def test_null_is_the_empty_caption_or_zeros_with_its_mask(folder: Path) -> None:
     empty, zeros = (T5Text.load(folder, length=6, null=null) for null in ("empty", "zeros"))  # type: ignore[arg-type]
     assert_close(empty.null(2).parts(), empty({"caption": ["", ""]}).parts())
