@@ -6,7 +6,7 @@ from ldm.autoencoders.encoder import Encoder
 from ldm.autoencoders.gaussian import DiagonalGaussian, GaussianAutoencoder
 from ldm.autoencoders.identity import IdentityAutoencoder
 from ldm.autoencoders.kl import KLAutoencoder
-from ldm.autoencoders.precision import decode_safely
+from ldm.autoencoders.precision import decode_safely, encode_safely
 from ldm.autoencoders.quantizer import Quantized, VectorQuantizer
 from ldm.autoencoders.tiling import decode_tiled, encode_tiled
 from ldm.autoencoders.vq import VQAutoencoder
@@ -24,5 +24,6 @@ __all__ = [
     "VectorQuantizer",
     "decode_safely",
     "decode_tiled",
+    "encode_safely",
     "encode_tiled",
 ]

@@ -1,4 +1,4 @@
-"""Decoding in half precision where its range does not suffice."""
+"""Encoding and decoding in half precision where its range does not suffice."""
 
 import warnings
 from collections.abc import Callable
@@ -10,6 +10,24 @@ from torch.func import functional_call
 from ldm.autoencoders.autoencoder import Autoencoder
 
 Decode = Callable[[Autoencoder, Tensor], Tensor]
+
+
+@torch.no_grad()
+def encode_safely(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Encode images (B, 3, H, W) into moments (B, M, h, w); where float16 overflows, warn and do it again in float32.
+
+    As `decode_safely`: activations of the published SDXL autoencoder are too large both ways.
+    """
+    moments = autoencoder.encode(images)
+    if not _has_overflowed(moments, images):
+        return moments
+    # One text at one place, so that Python's default filter shows it once a process.
+    warnings.warn(
+        "encoding overflowed float16 and was done again in float32, which is slower; train in bf16-mixed, or encode "
+        "once and for all with ldm data encode",
+        stacklevel=1,
+    )
+    return _exactly(autoencoder, images, lambda model, pictures: model.encode(pictures))
 
 
 @torch.no_grad()
@@ -29,35 +47,41 @@ def decode_safely(autoencoder: Autoencoder, latents: Tensor, *, decode: Decode |
     """
     decode = decode or _decode_whole
     images = decode(autoencoder, latents)
-    if images.dtype != torch.float16 or images.isfinite().all() or not latents.isfinite().all():
+    if not _has_overflowed(images, latents):
         return images
-    # One text at one place, so that Python's default filter shows it once a process.
     warnings.warn(
         "decoding overflowed float16 and was done again in float32, which is slower; keep this autoencoder in "
         "bfloat16 or float32",
         stacklevel=1,
     )
-    return _decode_exactly(autoencoder, latents, decode)
+    return _exactly(autoencoder, latents, decode)
 
 
-def _decode_exactly(autoencoder: Autoencoder, latents: Tensor, decode: Decode) -> Tensor:
-    """Decode by float32 copies of the weights, outside any autocast."""
-    call = _Call(autoencoder, decode)
+def _has_overflowed(result: Tensor, source: Tensor) -> bool:
+    """Whether float16 was too small for what came of finite numbers; the meta device has none to look at."""
+    if result.dtype != torch.float16 or result.is_meta:
+        return False
+    return not result.isfinite().all() and bool(source.isfinite().all())
+
+
+def _exactly(autoencoder: Autoencoder, source: Tensor, compute: Decode) -> Tensor:
+    """Encode or decode by float32 copies of the weights, outside any autocast."""
+    call = _Call(autoencoder, compute)
     tensors = {**dict(call.named_parameters()), **dict(call.named_buffers())}
     exact = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    with torch.autocast(latents.device.type, enabled=False):
-        return functional_call(call, exact, (latents.float(),))
+    with torch.autocast(source.device.type, enabled=False):
+        return functional_call(call, exact, (source.float(),))
 
 
 class _Call(nn.Module):
-    """Decoding as a forward pass, which is what can be called with other weights."""
+    """Encoding or decoding as a forward pass, which is what can be called with other weights."""
 
-    def __init__(self, autoencoder: Autoencoder, decode: Decode) -> None:
+    def __init__(self, autoencoder: Autoencoder, compute: Decode) -> None:
         super().__init__()
-        self.autoencoder, self.decode = autoencoder, decode
+        self.autoencoder, self.compute = autoencoder, compute
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.decode(self.autoencoder, latents)
+    def forward(self, source: Tensor) -> Tensor:
+        return self.compute(self.autoencoder, source)
 
 
 def _decode_whole(autoencoder: Autoencoder, latents: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.autoencoders import Autoencoder
+from ldm.autoencoders import Autoencoder, encode_safely
 from ldm.conditioners import ClassIds, Conditioner
 from ldm.data import ShardDataModule
 from ldm.diffusion import Denoiser
@@ -214,7 +214,7 @@ class LatentDiffusionModule(Clipped):
         """The batch with the latents of the pictures that the conditioner wants to be encoded."""
         found = {}
         for name, picture in conditioner.pictures(batch).items():
-            moments = self.autoencoder.encode(picture)
+            moments = encode_safely(self.autoencoder, picture)
             shape = (self.autoencoder.latent_channels, *moments.shape[2:])
             # Of another stream than the noise of the picture itself, which must not be known.
             noise = normal(seed + 2**32, batch["position"], shape)
@@ -224,7 +224,7 @@ class LatentDiffusionModule(Clipped):
     @torch.no_grad()
     def moments(self, batch: dict[str, Any]) -> Tensor:
         """The batch's moments (B, M, h, w): encoded now, unless the shards hold them."""
-        return batch["moments"] if "moments" in batch else self.autoencoder.encode(batch["image"])
+        return batch["moments"] if "moments" in batch else encode_safely(self.autoencoder, batch["image"])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         num_updates = self.trainer.global_step

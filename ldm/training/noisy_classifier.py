@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.autoencoders import Autoencoder
+from ldm.autoencoders import Autoencoder, encode_safely
 from ldm.diffusion.denoiser import per_sample
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.times import Times
@@ -80,7 +80,7 @@ class NoisyClassifierModule(Clipped):
             raise ValueError(f"got batches without {self.column}, expected labels there; add it to data.columns")
         labels = torch.as_tensor(batch[self.column], device=self.device)
         with torch.no_grad():
-            moments = batch["moments"] if "moments" in batch else self.autoencoder.encode(batch["image"])
+            moments = batch["moments"] if "moments" in batch else encode_safely(self.autoencoder, batch["image"])
             random = draw(seed, batch["position"], (self.autoencoder.latent_channels, *moments.shape[2:]))
             x_0 = self.autoencoder.to_latents(moments, noise=random.posterior)
             t = self.times(random.u, self.schedule)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldm.autoencoders import KLAutoencoder, decode_safely, decode_tiled
+from ldm.autoencoders import KLAutoencoder, decode_safely, decode_tiled, encode_safely
 
 OVERFLOW = r"overflowed float16 and was done again in float32"
 
@@ -14,7 +14,7 @@ def autoencoder_with_branches_of(size: float) -> KLAutoencoder:
     """In float16, adding numbers about that size twice before the output norm, which takes them off again."""
     torch.manual_seed(0)
     autoencoder = KLAutoencoder(base_channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4, latent_scale=0.5)
-    for block in autoencoder.decoder.up[0].block:
+    for block in (*autoencoder.decoder.up[0].block, autoencoder.encoder.mid.block_1, autoencoder.encoder.mid.block_2):
         torch.nn.init.constant_(block.conv2.bias, size)
     return autoencoder.half().eval()
 
@@ -31,6 +31,20 @@ def test_an_overflow_is_decoded_again_in_float32_with_a_warning() -> None:
         images = decode_safely(autoencoder, latents())
 
     assert_close(images, autoencoder.float().decode(latents().float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_an_overflow_is_encoded_again_in_float32_with_a_warning(is_cast: bool) -> None:
+    """With weights in float16, and with an autocast to it as in training."""
+    autoencoder, images = autoencoder_with_branches_of(6e4), torch.zeros(1, 3, 12, 12).half()
+    if is_cast:
+        autoencoder, images = autoencoder.float(), images.float()
+
+    with torch.autocast("cpu", torch.float16, enabled=is_cast), pytest.warns(UserWarning, match=OVERFLOW):
+        assert not autoencoder.encode(images).isfinite().all()
+        moments = encode_safely(autoencoder, images)
+
+    assert_close(moments, autoencoder.float().encode(images.float()), rtol=0, atol=0)
 
 
 def test_the_module_keeps_its_very_tensors() -> None:
