@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ldm.cli.plan_work import Work
 
 CHOICES = {"show": ("all", "memory"), "stack": ("auto", "eager", "compiled", "tuned")}
-# How a command that trains is asked for its memory.
+# How memory alone is asked for, and of which commands.
 MEMORY = ("+memory", "+memory=true", "+memory=estimate")
-OF_TRAINING = ("train", "reproduce")
+OF_MEMORY = ("train", "reproduce", "plan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class Plan:
 
 
 def asks_for_memory(command: str, arguments: Sequence[str]) -> bool:
-    """Whether `ldm train ... +memory` or `ldm reproduce NAME +memory` was typed, which `ldm plan` answers."""
-    return command in OF_TRAINING and any(argument in MEMORY for argument in arguments)
+    """Whether `ldm train ... +memory` or the like was typed, which `ldm plan` answers."""
+    return command in OF_MEMORY and any(argument in MEMORY for argument in arguments)
 
 
 def as_plan(arguments: Sequence[str]) -> list[str]:

@@ -143,6 +143,28 @@ def build_first_stage(config: DictConfig) -> Any:
     return autoencoder
 
 
+def autoencoder_module(config: DictConfig) -> Any:
+    """The module that trains an autoencoder, on the meta device and with its discriminator active.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    node = plain(config, "model")
+    module = build_on_meta({key: value for key, value in node.items() if key != "perceptual"})
+    autoencoder = module.autoencoder
+    object.__setattr__(autoencoder, "check_images", lambda images: None)
+
+    def sampled(images: Tensor, positions: Tensor) -> Any:
+        noise = torch.empty(len(images), *autoencoder.latent_shape(images), device="meta")
+        return autoencoder(images, noise=noise)
+
+    nothing = lambda *_, **__: None  # noqa: E731
+    for name, function in {"reconstruct_sampled": sampled, "log": nothing, "log_dict": nothing}.items():
+        object.__setattr__(module, name, function)
+    module.num_steps = module.adversarial_start
+    return module
+
+
 def built_fake(node: Any) -> Any:
     """A conditioner in the FakeTensorMode that is active: tokenizers and masks work in it, on shapes alone.
 

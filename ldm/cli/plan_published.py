@@ -190,7 +190,7 @@ def network_work(name: str, side: int, *, checkpoint: bool = False, extra: str =
         return Conditioning(context=context, vector=vector)
 
     shape = (node["in_channels"], side, side)
-    step, plain, forward = network_lines(network, shape, told, torch.float16)
+    step, plain, forward = network_lines(network, shape, lambda size: [told(size)], torch.float16)
     trained = [p.numel() for p in network.parameters()]
     others, frozen = _encoders(8 * side) if extra else ({}, 0)
     if extra == "controlnet":

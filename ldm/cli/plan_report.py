@@ -200,9 +200,8 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     each = plan.images_per_second / plan.place.gpus
     rows = [("images/s", f"{plan.images_per_second:,.1f}, {each:,.2f} a GPU")]
     if plan.hours is not None:
-        rows.append(
-            (f"{plan.max_steps} steps", f"{plan.hours / 24:,.2f} days, {plan.hours * plan.place.gpus:,.0f} GPU-hours")
-        )
+        taken = f"{plan.hours / 24:,.2f} days" if plan.hours >= 24 else f"{plan.hours:,.2f} hours"
+        rows.append((f"{plan.max_steps:,} steps", f"{taken}, {plan.hours * plan.place.gpus:,.2f} GPU-hours"))
     return rows
 
 

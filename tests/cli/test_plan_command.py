@@ -66,7 +66,7 @@ def test_a_small_picture_is_told_in_any_case(capsys: pytest.CaptureFixture[str])
         (["stack=egger"], "did you mean eager?"),
         (["latents=perhaps"], "latents: got perhaps, expected auto, precomputed or encoded"),
         (["micro_batch=5"], "micro_batch: got 5, expected a divisor of 32"),
-        (["experiment=digits_classifier"], "expected latent diffusion or an autoencoder"),
+        (["experiment=digits_classifier"], "expected latent diffusion, an autoencoder or a noisy classifier"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +83,26 @@ def test_an_autoencoder_is_planned_with_both_of_its_networks(
     assert main(["plan", f"experiment={experiment}"]) == 0
     said = capsys.readouterr().out
     assert "discriminator" in said and "GPU-hours" in said
+
+
+def test_a_noisy_classifier_is_planned_with_the_arithmetic_that_its_card_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    assert main(["plan", "experiment=paper/adm_64_classifier", "gpus=8", f"out={out}"]) == 0
+    found, said = read_json(out), capsys.readouterr().out
+    # `ldm papers` counts 19.04 thousand million multiply-adds, and the table has 65 M parameters.
+    assert found["flops_per_image"]["forward"] == pytest.approx(2 * 19.04e9, rel=1e-3)
+    assert round(found["parameters"]["classifier"] / 1e6) == 65
+    # It has no average, and what is no network of a denoiser cannot recompute its blocks.
+    assert "average" not in said.partition("memory of one device")[2].partition("in all")[0]
+    assert "checkpoint_blocks" not in said
+
+
+def test_a_model_of_pixels_has_no_first_stage_to_spare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=paper/edm_cifar10_cond_vp", "+memory"]) == 0
+    said = capsys.readouterr().out
+    assert "less memory: " in said and "latents=precomputed" not in said
 
 
 @pytest.mark.slow
