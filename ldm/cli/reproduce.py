@@ -62,7 +62,7 @@ def reproduce(config: DictConfig, overrides: Sequence[str]) -> None:
     """
     card = card_of(config)
     settings = config[OWN]
-    check_settings(settings)
+    check_settings(settings, is_autoencoder=config.get("network") is None)
     # A mistake in it shows now, and not behind weeks of training.
     rows = chosen_rows(card, settings.rows)
     base = [item for item in overrides if item.lstrip("+~").partition("=")[0].partition(".")[0] != OWN]
@@ -94,8 +94,8 @@ def card_of(config: DictConfig) -> Card:
         return Card.read(OmegaConf.to_container(node, resolve=True), source=str(config.name))
 
 
-def check_settings(settings: DictConfig) -> None:
-    """Refuses settings out of range.
+def check_settings(settings: DictConfig, *, is_autoencoder: bool) -> None:
+    """Refuses settings out of range, or without effect.
 
     Raises:
         UserError: got, expected, remedy.
@@ -109,6 +109,11 @@ def check_settings(settings: DictConfig) -> None:
         raise UserError(f"reproduce.tolerance: got {tolerance}, expected a share from 0 on")
     if count is not None and not (is_number(count) and isinstance(count, int) and count > 0):
         raise UserError(f"reproduce.num_samples: got {count}, expected a positive integer")
+    if count is not None and is_autoencoder:
+        raise UserError(
+            f"reproduce.num_samples: got {count} for an autoencoder, which reconstructs all of data.validation; leave "
+            "it out"
+        )
 
 
 def chosen_rows(card: Card, asked: Any) -> list[tuple[str, Card]]:

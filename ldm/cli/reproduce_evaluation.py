@@ -56,9 +56,7 @@ def evaluation_overrides(folder: RunFolder, row: Card, number: int, settings: Di
         words += [f"resolution={config.data.resolution}", f"out={folder.path / 'evaluations' / 'reproduction'}"]
         words += ["batch_size=8"] if is_small else []
         return [quote(word) for word in [*words, *_further(told, settings, is_small)]]
-    samples = FEW["num_samples"] if is_small else settings.num_samples or protocol.get("num_samples")
-    if is_small and told.get("conditions"):
-        samples = None  # one a validation sample, which metrics compare in pairs
+    samples = settings.num_samples or num_samples(row, is_small=is_small)
     words += [f"checkpoint={folder.path}", f"reference={reference_of(config, told, default='train')}"]
     words += [f"num_samples={samples}", f"seed={number * samples}"] if samples else [f"seed={number * 10**6}"]
     words += [f"conditions={told['conditions']}"] if told.get("conditions") else []
@@ -66,6 +64,13 @@ def evaluation_overrides(folder: RunFolder, row: Card, number: int, settings: Di
     words += sampling_words(protocol, is_small=is_small)
     words += [f"{name}={value}" for name, value in FEW.items() if is_small and name != "num_samples"]
     return [quote(word) for word in [*words, *_further(told, settings, is_small)]]
+
+
+def num_samples(row: Card, *, is_small: bool) -> int | None:
+    """Samples of an evaluation by a row's protocol; None: one a validation sample, which metrics compare in pairs."""
+    if not is_small:
+        return row.protocol.get("num_samples")
+    return None if row.evaluate.get("conditions") else FEW["num_samples"]
 
 
 def sampling_words(protocol: Mapping[str, Any], *, is_small: bool) -> list[str]:

@@ -20,8 +20,8 @@ CLIP = {
     "projection_dim": WIDTH,
 }
 T5 = {"d_model": WIDTH, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
-# Pixels a side of latents at least, and of pictures that an autoencoder is trained on.
-LATENTS, PICTURES = 4, 64
+# Pixels a side of latents at least, of pictures at least, and of pictures that an autoencoder is trained on.
+LATENTS, SMALLEST, PICTURES = 4, 8, 64
 DATASET = "shard dataset=tiny"
 JOINED = ("ldm.conditioners.Combined", "ldm.conditioners.Stacked")
 
@@ -62,11 +62,12 @@ def _shrink_diffusion(config: DictConfig) -> None:
     if target not in NETWORKS:
         raise UserError(f"scale: got tiny for {target}, which ldm.cli.tiny.NETWORKS does not know; add it there")
     NETWORKS[target](network, widths(plain(config.conditioner)))
-    side = max(LATENTS, reduction_of(network))
+    factor = downsampling_of(config)
+    side = max(LATENTS, reduction_of(network), SMALLEST // factor)
     if "image_size" in network:
         network["image_size"] = side
     config.network = network
-    config.data.resolution = downsampling_of(config) * side
+    config.data.resolution = factor * side
     if "sampling" in config.model:
         config.model.sampling.num_steps = STEPS
         config.model.sampling.image_size = config.data.resolution

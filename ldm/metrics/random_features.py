@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Pixels a side: below, a single position is left, of which there is no standard deviation.
+SMALLEST = 8
+
 
 class RandomFeatures(nn.Module):
     """Two convolutions and a linear layer of seeded random weights: its figures compare with nothing but each other.
@@ -35,7 +38,15 @@ class RandomFeatures(nn.Module):
         return {"network": "ldm.metrics.RandomFeatures", "num_features": self.num_features, "seed": self.seed}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) of images (B, 3, H, W) in [-1, 1], each side at least 8 pixels."""
+        """Features (B, num_features) of images (B, 3, H, W) in [-1, 1], each side at least 8 pixels.
+
+        Raises:
+            ValueError: a smaller image, which has no spread of what the convolutions find.
+        """
+        if min(images.shape[2:]) < SMALLEST:
+            raise ValueError(
+                f"got images {tuple(images.shape)}, expected sides of at least {SMALLEST} pixels; give larger ones"
+            )
         x = torch.relu(nn.functional.conv2d(images, self.first, stride=2, padding=1))
         x = torch.relu(nn.functional.conv2d(x, self.second, stride=2, padding=1)).flatten(2)
         return torch.cat([x.mean(2), x.std(2)], dim=1) @ self.last.T

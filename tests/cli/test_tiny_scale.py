@@ -1,6 +1,7 @@
 """`+scale=tiny`: what shrinks and what stays; and `ldm reproduce` goes to its verdict."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_reproducing_ends_in_a_verdict_a_figure(
     assert json.loads((run / "reproduction.json").read_text()) == found
 
 
+def test_as_many_samples_are_drawn_as_were_asked_for_of_pictures_large_enough_to_judge(folder: Path) -> None:
+    # Of three levels on pixels: the smallest picture that the network takes has four a side.
+    words = ["+scale=tiny", "reproduce.seeds=1", "reproduce.num_samples=5"]
+    assert main(["reproduce", "edm_cifar10_uncond_vp", *words]) == 0
+    found = read_json(only(folder, "runs/tiny/paper_edm_cifar10_uncond_vp/*/reproduction.json"))
+    assert math.isfinite(found["verdicts"][0]["mean"])
+    assert "card: num_samples published 50000, here 5" in found["protocol_differences"]
+    assert "card: image_size published [32, 32], here [8, 8]" in found["protocol_differences"]
+
+
 def test_mistakes_are_one_line_each(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +133,7 @@ def test_mistakes_are_one_line_each(
         lambda: "reproduce.confidence: got 2, expected between" in fails("ldm4_ffhq", "reproduce.confidence=2"),
         lambda: "reproduce.tolerance: got small, expected a share" in fails("ldm4_ffhq", "reproduce.tolerance=small"),
         lambda: "num_samples: got 0, expected a positive" in fails("ldm4_ffhq", "reproduce.num_samples=0"),
+        lambda: "got 9 for an autoencoder, which reconstructs all" in fails("vq_f4", "reproduce.num_samples=9"),
         # Before anything is trained, that is, although data/ffhq is not there.
         lambda: "got the row scale_2, expected scale_1_25" in fails("ldm4_imagenet", "reproduce.rows=scale_2"),
     ]

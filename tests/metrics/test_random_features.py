@@ -24,3 +24,9 @@ def test_a_protocol_says_that_it_stands_in() -> None:
     }
     with pytest.raises(ValueError, match="got num_features=0"):
         RandomFeatures(0)
+
+
+def test_images_that_leave_nothing_to_spread_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 8 pixels"):
+        RandomFeatures(5)(torch.zeros(2, 3, 4, 4))
+    assert RandomFeatures(5)(torch.rand(2, 3, 8, 8)).isfinite().all()
