@@ -49,6 +49,8 @@ def launch(config: DictConfig, overrides: Sequence[str]) -> None:
     for title in missing:
         note(f"not finished yet: ldm {title}; run it before, or the first process does while the others wait")
     note(f"run folder: {shown(folder.path)}; the same file goes on in it")
+    if (key := job.template.get("kept_by")) and job[key] is None:
+        note(f"{key}: got none, so that the run goes with its machines; set {key}=... for it to outlive them")
     if not job.out:
         note(f"write it:   add out={job.template.file}")
     note(f"submit it:  {job.template.submit}")

@@ -137,6 +137,23 @@ def test_what_no_gpu_does_is_asked_of_none(launch: Callable[..., str]) -> None:
     assert "resourcesPerNode" not in yaml.safe_load(launch("launch=kubeflow", "image=mine", *CPU))["spec"]["trainer"]
 
 
+@pytest.mark.parametrize(("launcher", "key"), [("skypilot", "bucket"), ("kubeflow", "claim")])
+def test_it_is_said_where_a_run_would_go_with_its_machines(
+    ldm: Callable[..., int], capsys: pytest.CaptureFixture[str], launcher: str, key: str
+) -> None:
+    words = [f"launch={launcher}", *(["image=mine"] if launcher == "kubeflow" else [])]
+    assert ldm("launch", *words) == 0
+    assert f"{key}: got none, so that the run goes with its machines" in capsys.readouterr().err
+    assert ldm("launch", *words, f"{key}=mine") == 0
+    assert "goes with its machines" not in capsys.readouterr().err
+
+
+def test_machines_of_a_cloud_install_what_goes_along(launch: Callable[..., str]) -> None:
+    document = yaml.safe_load(launch("launch=skypilot"))
+    # Nobody published the name `ldm`: an index would give somebody else's package, or none.
+    assert (document["workdir"], document["setup"]) == (".", "pip install .")
+
+
 def test_a_share_that_a_gpu_cannot_hold_goes_through_in_pieces_of_the_same_steps(launch: Callable[..., str]) -> None:
     words = training(launch("launch=slurm", "gpus_per_node=4", "max_batch_per_gpu=3", "trainer.val_check_interval=100"))
     # 32 samples a step: 8 for each of 4 processes, 2 at once.
