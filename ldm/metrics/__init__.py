@@ -8,7 +8,7 @@ from ldm.metrics.codebook_usage import CodebookUsage
 from ldm.metrics.density_coverage import DensityCoverage
 from ldm.metrics.digits import DigitReport
 from ldm.metrics.extraction import extract, feed, figures, network_key, network_of, share_networks
-from ldm.metrics.features import ClassifierFeatures, as_seen, describe_network, quantize
+from ldm.metrics.features import ClassifierFeatures, as_seen, describe_metric, describe_network, quantize
 from ldm.metrics.fid import FrechetDistance, frechet_distance
 from ldm.metrics.fid_infinity import FrechetInfinity
 from ldm.metrics.inception import InceptionFeatures
@@ -50,6 +50,7 @@ __all__ = [
     "TorchvisionFeatures",
     "TransformersCLIPFeatures",
     "as_seen",
+    "describe_metric",
     "describe_network",
     "extract",
     "feed",

@@ -80,7 +80,8 @@ class ClassAccuracy(Metric):
 
     def describe(self) -> dict[str, Any]:
         """What goes into the protocol."""
-        return {"classifier": describe_network(self.classifier), "top_k": self.top_k}
+        classifier = describe_network(self.classifier)
+        return {"classifier": classifier, "top_k": self.top_k, "column": self.column}
 
     def compute(self) -> Tensor:
         """The share in [0, 1], a float64 scalar; NaN without images."""

@@ -42,9 +42,7 @@ def network_of(metric: Any) -> nn.Module | None:
 def network_key(network: nn.Module) -> str:
     """A file name for a network's features: equal for equal networks with equal settings."""
     description = describe_network(network)
-    # One that does not describe itself may differ in more than its class and its tensors.
-    own = "" if hasattr(network, "describe") else f"{network!r}{_settings(network)}"
-    text = json.dumps(description, sort_keys=True, default=str) + own
+    text = json.dumps(description, sort_keys=True, default=str)
     name = re.sub(r"[^A-Za-z0-9]+", "_", str(description.get("network", type(network).__name__)).rpartition(".")[2])
     return f"{name.strip('_')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -99,13 +97,3 @@ def figures(metric: Any) -> dict[str, float]:
     if isinstance(found, tuple):
         return {name: float(value) for name, value in zip(metric.parts, found, strict=True)}
     return {"": float(found)}
-
-
-def _settings(network: nn.Module) -> list[str]:
-    """The numbers and names among the attributes of a module and of its parts."""
-    return [
-        f"{place}.{name}={value}"
-        for place, module in network.named_modules()
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, str | int | float) and name != "training"
-    ]

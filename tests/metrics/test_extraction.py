@@ -115,3 +115,32 @@ def test_a_prompt_that_many_images_share_is_read_once() -> None:
         single.update(images(6)[i : i + 1], [["ab", "cd", "ab", "ab", "cd", "ab"][i]])
         total += single.compute().item() / 6
     assert score.compute().item() == pytest.approx(total, rel=1e-9)
+
+
+class Projection(nn.Module):
+    """A network that does not describe itself, whose weights no `state_dict` holds."""
+
+    num_features = 4
+
+    def __init__(self, *, seed: int = 0, is_plain: bool = True) -> None:
+        super().__init__()
+        weights = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        if is_plain:
+            self.weights = weights
+        else:
+            self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) @ self.weights
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_networks_that_differ_in_tensors_that_are_not_saved_have_keys_of_their_own(is_plain: bool) -> None:
+    one, same, other = (Projection(seed=seed, is_plain=is_plain) for seed in (0, 0, 1))
+    assert network_key(one) == network_key(same) != network_key(other)
+
+
+def test_a_protocol_tells_settings_of_a_network_that_does_not_describe_itself() -> None:
+    one, other = (FrechetDistance(Projection()) for _ in range(2))
+    other.features.gain = 2.0
+    assert one.describe() == FrechetDistance(Projection()).describe() != other.describe()

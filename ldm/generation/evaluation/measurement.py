@@ -18,7 +18,7 @@ from ldm.generation.evaluation.features import FeatureStore
 from ldm.generation.evaluation.folder import digest
 from ldm.generation.evaluation.images import RESERVED
 from ldm.generation.evaluation.workers import Task
-from ldm.metrics import feed, figures, network_key, network_of
+from ldm.metrics import describe_metric, feed, figures, network_key, network_of
 
 
 class Measurement:
@@ -75,7 +75,7 @@ class Measurement:
     def protocol(self, name: str) -> dict[str, Any]:
         """What a metric says of itself, and the real images that it saw."""
         metric: Any = self.metrics[name]
-        own: dict[str, Any] = metric.describe() if hasattr(metric, "describe") else {"metric": type(metric).__name__}
+        own = describe_metric(metric)
         if self.real is not None and needs_real(metric) and "reference" not in own:
             own["reference"] = self.real.facts
         return own

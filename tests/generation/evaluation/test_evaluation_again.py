@@ -1,5 +1,7 @@
 """An evaluation in the folder of another: what is on disk serves where it is the same, and nowhere else."""
 
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,20 @@ import pytest
 import torch
 from evaluation_worker import Judge
 from PIL import Image
+from torchmetrics import Metric
 
 from ldm.files import replacing
 from ldm.generation.evaluation.evaluate import Evaluation, Subject
 from ldm.generation.evaluation.folder import BULK, remove_remains
 from ldm.generation.evaluation.workers import FreeWorkers
-from ldm.metrics import DigitReport, FrechetDistance, PerceptualDistance, RandomFeatures, ReconstructionQuality
+from ldm.metrics import (
+    ClassAccuracy,
+    DigitReport,
+    FrechetDistance,
+    PerceptualDistance,
+    RandomFeatures,
+    ReconstructionQuality,
+)
 from ldm.networks import DigitClassifier
 
 
@@ -93,3 +103,53 @@ def test_half_precision_of_the_model_is_not_that_of_its_judges(tmp_path: Path) -
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
             found.append(measure(images, tmp_path / place, metrics, reference=real, reference_cache=tmp_path / place))
     assert found[0] == found[1]
+
+
+class Brightness(Metric):
+    """The mean of a power of all levels; it does not describe itself."""
+
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power = power
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, images: torch.Tensor) -> None:
+        self.total += ((images + 1) / 2).double().pow(self.power).sum()
+
+    def compute(self) -> torch.Tensor:
+        return self.total
+
+
+class Classes(torch.nn.Module):
+    """The place of the brightest colour; class 2 is never seen."""
+
+    num_features = 3
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images + 1).mean((2, 3)) * torch.tensor([1.0, 1.0, 0.0])
+
+
+def test_a_metric_without_a_description_is_taken_anew_with_another_setting(tmp_path: Path) -> None:
+    images = write(tmp_path / "images")
+    places = (("one", 1.0), ("one", 2.0), ("other", 2.0))
+    found = [measure(images, tmp_path / place, {"mine": Brightness(power)}) for place, power in places]
+    assert found[1] == found[2] != found[0]
+    protocol = json.loads((tmp_path / "one" / "evaluation.json").read_text())["metrics"]["mine"]["protocol"]
+    assert protocol == {"metric": f"{Brightness.__module__}.Brightness", "power": 2.0}
+
+
+def test_class_accuracy_is_taken_anew_by_another_column(tmp_path: Path) -> None:
+    images = write(tmp_path / "images", side=8)
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for file in sorted(images.iterdir()):
+            tar.add(file, file.name)
+            (row := file.with_suffix(".json")).write_text('{"first": 0, "never": 2}')
+            tar.add(row, row.name)
+    found = []
+    for place, column in (("one", "first"), ("one", "never"), ("other", "never")):
+        metrics = {"accuracy": ClassAccuracy(Classes(), column=column)}
+        found.append(measure(tmp_path / "00000.tar", tmp_path / place, metrics)["accuracy"])
+    assert found[1] == found[2] == 0 != found[0]
