@@ -54,6 +54,7 @@ def evaluation_of(config: DictConfig, folder: Path | None, pipeline: Pipeline | 
             num_workers=config.num_workers,
             resolution=resolution_of(config, pipeline),
             reference_cache=config.reference_cache,
+            bad_images=config.bad_images,
         )
 
 

@@ -33,6 +33,7 @@ from ldm.generation.evaluation.folder import (
     show,
 )
 from ldm.generation.evaluation.images import Images, ShardImages, names_of_arrays, open_images, reference_images
+from ldm.generation.evaluation.left_out import BAD_IMAGES, readable
 from ldm.generation.evaluation.measurement import Measurement, compares_pairs, needs_real, write_scores
 from ldm.generation.evaluation.protocol import describe_settings, versions
 from ldm.generation.evaluation.samples import Draw, Item, items_of, sampling_tasks, seconds_of, sha256_of_items
@@ -84,6 +85,8 @@ class Evaluation:
         resolution: pixels to which images of files are scaled and cut as in training; None = as they are.
         reference_cache: folder that keeps the features of real images; None = "reference" beside the evaluation.
         keep_images: whether samples and their features stay.
+        bad_images: what becomes of images of files that cannot be read: "refuse" the evaluation, or "skip" them, for
+            which each is tried first; the protocol lists what is left out.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Evaluation:
         resolution: int | None = None,
         reference_cache: Path | str | None = None,
         keep_images: bool = True,
+        bad_images: str = "refuse",
     ) -> None:
         if not prompts:
             raise ValueError("got no prompts to evaluate, expected at least one")
@@ -121,7 +125,9 @@ class Evaluation:
         self.num_samples, self.seed, self.batch_size = num_samples, seed, batch_size
         self.negative_prompt, self.split, self.resolution = negative_prompt, split, resolution
         self.reference_cache = None if reference_cache is None else Path(reference_cache)
-        self.keep_images = keep_images
+        if bad_images not in BAD_IMAGES:
+            raise ValueError(f"got bad_images={bad_images!r}, expected one of {', '.join(BAD_IMAGES)}")
+        self.keep_images, self.bad_images = keep_images, bad_images
         self.stores = {"part_size": shard_size, "batch_size": feature_batch_size, "num_workers": num_workers}
         if num_workers < 0:
             raise ValueError(f"got num_workers={num_workers}, expected 0 or more")
@@ -192,7 +198,7 @@ class Evaluation:
 
     def of_images(self, path: Path | str, subject: Subject) -> dict[str, float]:
         """Measures the images of a folder, zip, .npz or shards; their order pairs them with originals."""
-        images = open_images(path, resolution=self.resolution)
+        images = self.usable(open_images(path, resolution=self.resolution))
         self.check(len(images))
         plan = {"num_samples": len(images), "images": images.describe(), **self._parts(), **subject.about}
         keep_plan(subject.folder, plan)
@@ -207,7 +213,14 @@ class Evaluation:
         """The real images, whether metrics want them or not; raises ValueError where there are none."""
         if self.reference is None:
             raise ValueError("got no reference, expected real images to reconstruct; set reference=FOLDER or shards")
-        return reference_images(self.reference, split=self.split, resolution=self.resolution)
+        return self._opened(self.reference)
+
+    def usable(self, images: Images) -> Images:
+        """These images, without those that cannot be read where such are to be skipped."""
+        return readable(images, num_workers=self.stores["num_workers"]) if self.bad_images == "skip" else images
+
+    def _opened(self, source: Any) -> Images:
+        return self.usable(reference_images(source, split=self.split, resolution=self.resolution))
 
     def check(self, num_images: int) -> None:
         """Opens the reference and raises ValueError now for what could only fail after sampling."""
@@ -246,7 +259,7 @@ class Evaluation:
                 return None
         if source is None or not any(map(needs_real, self.metrics.values())):
             return None
-        return reference_images(source, split=self.split, resolution=self.resolution)
+        return self._opened(source)
 
     def _check_labels(self, items: Sequence[Item]) -> None:
         size = self.stores["part_size"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.files import replacing, write_text
-from ldm.generation.evaluation.images import Images, batches, stacked
+from ldm.generation.evaluation.batches import batches, row_of, stacked
+from ldm.generation.evaluation.images import Images
 from ldm.generation.evaluation.workers import Task
 from ldm.metrics import Statistics, describe_network, extract
 from ldm.metrics.fid import gaussian
@@ -66,7 +67,7 @@ class FeatureStore:
         ]
 
     def batches(self, part: int) -> Iterator[dict[str, Any]]:
-        """The images of a part; see `ldm.generation.evaluation.images.batches`."""
+        """The images of a part; see `ldm.generation.evaluation.batches.batches`."""
         return self.batches_of(self.places(part))
 
     def batches_of(self, places: range) -> Iterator[dict[str, Any]]:
@@ -79,8 +80,7 @@ class FeatureStore:
 
     def rows(self, part: int) -> dict[str, Any]:
         """What belongs to a part's images besides their pixels: "index" (n,), "prompt" (n texts), labels (n,)."""
-        row = getattr(self.images, "row", None) or (lambda index: _without_image(self.images[index]))
-        return stacked([{**row(index), "index": index} for index in self.places(part)])
+        return stacked([{**row_of(self.images, index), "index": index} for index in self.places(part)])
 
     def statistics(self, key: str, network: nn.Module) -> Statistics:
         """Mean and covariance of all features, computed once and kept in folder/KEY.npz."""
@@ -151,7 +151,3 @@ def reference_store(images: Images, cache: Path, *, batch_size: int, num_workers
 def _storable(features: Tensor) -> Tensor:
     features = features.detach().cpu()
     return features if features.dtype in (torch.float32, torch.float64) else features.float()
-
-
-def _without_image(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in item.items() if name != "image"}

@@ -6,7 +6,7 @@ import hashlib
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ldm.data.decoding import FORMATS, decode_image, row_of
 from ldm.data.shards import IMAGE_SUFFIXES, ShardReader, decode, index_shard, resolve_shards
 from ldm.data.transforms import resize_and_crop
-from ldm.data.worker_signals import WorkerLoader
+from ldm.generation.evaluation.batches import is_text
 from ldm.generation.evaluation.protocol import described, known_hashes, sha256_of_files, whole_folder
 from ldm.metrics import quantize
 
@@ -37,6 +37,9 @@ class Images(Protocol):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """ "image" uint8 (3, H, W), "prompt", and labels: numbers by name."""
+
+    def name(self, index: int) -> str:
+        """What an image is called in its place, such as its file."""
 
     def describe(self) -> dict[str, Any]:
         """Where they are, how many, the hash of their content and what is done to them."""
@@ -97,6 +100,11 @@ class ShardImages:
         shard, sample = self._locate(index)
         return _row(decode(shard, sample, self.reader, suffixes=_OF_A_ROW))
 
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        shard, sample = self._locate(index)
+        return f"{shard.path.name}: {shard.keys[sample]}"
+
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
         digest = sha256_of_files((shard.path for shard in self.shards), known=known_hashes(s.path for s in self.shards))
@@ -128,6 +136,10 @@ class FolderImages:
         """The prompt alone, without decoding the image."""
         text = self.files[index].with_suffix(".txt")
         return {"prompt": text.read_text(encoding="utf-8").strip() if text.is_file() else ""}
+
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        return self.files[index].relative_to(self.folder).as_posix()
 
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
@@ -171,6 +183,10 @@ class ZipImages:
             return zipfile.ZipFile(self.path)
         except zipfile.BadZipFile as error:
             raise ValueError(f"got {self.path}, which is no whole zip; write it again") from error
+
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        return self.names[index]
 
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
@@ -224,6 +240,10 @@ class ArrayImages:
             raise ValueError(f"got {self.path} with {dtype} {shape}, expected uint8 (N, H, W, 3)")
         return stream, shape, stream.tell()
 
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        return f"image {index}"
+
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
         return described(str(self.path), len(self), sha256_of_files([self.path]), self.resolution)
@@ -254,6 +274,11 @@ class SplitImages:
         labels = {name: item[name] for name in self.dataset.columns if name in item}
         return {"image": quantize(item["image"]), "prompt": item["caption"], **labels}
 
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        shard, key = self.dataset.located(index)
+        return f"{Path(shard).name}: {key}"
+
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
         manifests = sorted({Path(path).parent / "manifest.json" for path in self.paths})
@@ -274,9 +299,7 @@ class HeldImages:
                     f"got {split} samples without images as the real ones, expected images; set reference to data "
                     "that has them"
                 )
-            columns = {
-                name: torch.as_tensor(v) for name, v in batch.items() if not _is_text(v) and name not in RESERVED
-            }
+            columns = {name: torch.as_tensor(v) for name, v in batch.items() if not is_text(v) and name not in RESERVED}
             captions = batch.get("caption", [""] * len(batch["image"]))
             for i, levels in enumerate(quantize(batch["image"])):
                 self.items.append({"image": levels, "prompt": captions[i], **{k: v[i] for k, v in columns.items()}})
@@ -287,6 +310,10 @@ class HeldImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """As in `Images`."""
         return self.items[index]
+
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        return f"image {index}"
 
     def describe(self) -> dict[str, Any]:
         """As in `Images`."""
@@ -303,51 +330,6 @@ def reference_images(source: Any, *, split: str = "validation", resolution: int 
     if hasattr(source, "dataset") and isinstance(source.dataset(split), Dataset):
         return SplitImages(source, split)
     return HeldImages(source, split)
-
-
-def batches(
-    images: Images, indices: Sequence[int], *, batch_size: int, num_workers: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Batches of the images at these places: "image" uint8 (B, 3, H, W), "index" (B,), "prompt" (B texts), labels (B,).
-
-    Images of another size begin a new batch.
-    """
-    loader: WorkerLoader[list[dict[str, Any]]] = WorkerLoader(
-        _Numbered(images),
-        batch_sampler=[list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)],
-        collate_fn=_by_size,
-        num_workers=num_workers,
-    )
-    for group in loader:
-        yield from group
-
-
-class _Numbered(Dataset[dict[str, Any]]):
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.images[index], "index": index}
-
-
-def _by_size(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    runs: list[list[dict[str, Any]]] = []
-    for item in items:
-        if not runs or runs[-1][-1]["image"].shape != item["image"].shape:
-            runs.append([])
-        runs[-1].append(item)
-    return [stacked(run) for run in runs]
-
-
-def stacked(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Items as one batch: tensors and numbers on a new first axis, texts as a list; labels that all of them have."""
-    names = [name for name in items[0] if all(name in item for item in items)]
-    batch: dict[str, Any] = {}
-    for name in names:
-        values = [item[name] for item in items]
-        tensors = [torch.as_tensor(value) for value in values] if not _is_text(values) else None
-        batch[name] = torch.stack(tensors) if tensors else values
-    return batch
 
 
 def to_levels(picture: Image.Image | np.ndarray, resolution: int | None) -> torch.Tensor:
@@ -388,8 +370,3 @@ def _row(decoded: Mapping[str, Any]) -> dict[str, Any]:
     labels = {name: value for name, value in given.items() if isinstance(value, int | float) and name not in RESERVED}
     prompt = row.get("prompt") or decoded.get("txt") or row.get("caption") or ""
     return {"prompt": str(prompt).strip() if "txt" in decoded and "prompt" not in row else str(prompt), **labels}
-
-
-def _is_text(value: Any) -> bool:
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    return isinstance(first, str)

@@ -32,6 +32,10 @@ class Every:
         """As in `Images`."""
         return self.images[index * self.every]
 
+    def name(self, index: int) -> str:
+        """As in `Images`."""
+        return self.images.name(index * self.every)
+
     def describe(self) -> dict[str, Any]:
         """As in `Images`; of a whole set what it says itself, so that its features serve both."""
         return self.images.describe() if self.every == 1 else {**self.images.describe(), "every": self.every}
@@ -49,6 +53,7 @@ def keep_beside(
         training: of which at most 50,000 are looked at, evenly spread.
         folder: of the finished evaluation.
     """
+    training = evaluation.usable(training)
     images = Every(training)
     store = evaluation.store_of(images, folder)
     told = {**training.describe(), "every": images.every}

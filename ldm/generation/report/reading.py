@@ -186,9 +186,13 @@ def _opened(description: Mapping[str, Any] | None) -> Images | None:
         return None
     # torchmetrics takes seconds to import, and pages of tables and curves need none.
     from ldm.generation.evaluation.images import open_images
+    from ldm.generation.evaluation.left_out import Without
 
+    resolution = (description.get("preprocessing") or {}).get("resolution")
     try:
-        found = open_images(description["path"], resolution=(description.get("preprocessing") or {}).get("resolution"))
+        found: Images = open_images(description["path"], resolution=resolution)
+        if left_out := description.get("left_out"):
+            found = Without(found, [one["index"] for one in left_out])
     except (ValueError, OSError):
         return None
     return found if len(found) == description.get("count") else None

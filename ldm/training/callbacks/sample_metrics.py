@@ -46,6 +46,7 @@ class SampleMetrics(pl.Callback):
         keep_images: whether samples and their features stay in that folder.
         feature_batch_size: images that a feature network sees at once.
         num_workers: processes that read images.
+        bad_images: what becomes of real images that cannot be read: refuse, or skip, for which each is tried first.
 
     Raises:
         ValueError: no metric, or a count below 1.
@@ -66,6 +67,7 @@ class SampleMetrics(pl.Callback):
         keep_images: bool = False,
         feature_batch_size: int = 64,
         num_workers: int = 0,
+        bad_images: str = "refuse",
     ) -> None:
         if not metrics:
             raise ValueError("got no metric for sampled images, expected some; choose callback=fid")
@@ -80,6 +82,7 @@ class SampleMetrics(pl.Callback):
         self.sampling = dict(sampling or {})
         self.folder = None if folder is None else Path(folder)
         self.keep_images, self.feature_batch_size, self.num_workers = keep_images, feature_batch_size, num_workers
+        self.bad_images = bad_images
         self.measured_at: int | None = None
         self._evaluation: Evaluation | None = None
         self._scratch: TemporaryDirectory[str] | None = None
@@ -178,6 +181,7 @@ class SampleMetrics(pl.Callback):
                 feature_batch_size=self.feature_batch_size,
                 num_workers=self.num_workers,
                 keep_images=self.keep_images,
+                bad_images=self.bad_images,
             )
         return self._evaluation
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from ldm.autoencoders import KLAutoencoder, VQAutoencoder
 from ldm.data import ShardDataModule
+from ldm.generation.evaluation.batches import batches
 from ldm.generation.evaluation.evaluate import Evaluation, Subject
 from ldm.generation.evaluation.features import FeatureStore
-from ldm.generation.evaluation.images import SplitImages, batches, open_images
+from ldm.generation.evaluation.images import SplitImages, open_images
 from ldm.generation.evaluation.prompts import own_prompts, read_prompts
 from ldm.generation.evaluation.reconstruction import evaluate_reconstructions, reconstruct, with_codes
 from ldm.generation.evaluation.samples import items_of
