@@ -41,6 +41,9 @@ class Link:
         return shlex.join([*self.command.split(), *map(redact_override, self.overrides)])
 
 
+# Counts of a training, and the least that each may be; -1 steps are steps without end.
+COUNTS = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 1, "trainer.max_steps": -1}
+
 # Of the chain under way: the folder of each link that has run or was there, and of each run found outside it.
 _folders: dict[str, Path] = {}
 
@@ -54,6 +57,8 @@ def run_chain(command: str, config: DictConfig, overrides: Sequence[str]) -> Run
     register_resolver()
     _folders.clear()
     links = [*plan(config), Link(command, tuple(overrides), config)]
+    for link in links:
+        check_counts(link.config)
     for number, link in enumerate(links, 1):
         folder = _run_link(link, f"[{number}/{len(links)}] " if len(links) > 1 else "", is_last=link is links[-1])
         remember(folder)
@@ -65,6 +70,19 @@ def plan(config: DictConfig) -> list[Link]:
     found: dict[str, Link] = {}
     _collect(config, config, found, under=())
     return list(found.values())
+
+
+def check_counts(config: DictConfig) -> None:
+    """Refuses counts that no training has, before anything runs that it requires.
+
+    Raises:
+        UserError: there is one.
+    """
+    for key, least in COUNTS.items():
+        with user_mistakes():
+            value = OmegaConf.select(config, key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UserError(f"{key}: got {value}, expected a whole number from {least} on")
 
 
 def remember(folder: RunFolder) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.build import build
+from ldm.cli.chain import check_counts
 from ldm.cli.errors import UserError, did_you_mean
 from ldm.cli.memory import takes_pieces
 from ldm.cli.run_folder import write_json
@@ -101,6 +102,7 @@ def predict(config: DictConfig) -> Plan:
     from ldm.cli.plan_time import STACKS, Place, Run, seconds
     from ldm.cli.plan_work import count_work
 
+    check_counts(config)
     gpus = num_gpus(config)
     place = Place(hardware=build(config.hardware), gpus=gpus, interconnect=_interconnect(config))
     per_device = share_of_batch(config, gpus)

@@ -136,3 +136,21 @@ def test_another_input_makes_another_run(ldm: Callable[..., int], folder: Path) 
         ldm("shard", "dataset=toy_rows", f"dataset.count={count}")
         ldm("train", "experiment=toy", "data.folder='${result:toy_rows}'")
     assert len(list(folder.glob("runs/toy/*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "least"),
+    [
+        ("trainer.accumulate_grad_batches=0", 1),
+        ("data.batch_size=7.5", 1),
+        ("trainer.max_steps=-5", -1),
+    ],
+)
+def test_a_count_that_no_training_has_shows_before_anything_runs(
+    ldm: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], override: str, least: int
+) -> None:
+    key, _, got = override.partition("=")
+    for words in (["train", override], ["plan", override]):
+        assert ldm(*words) == 2
+        assert capsys.readouterr().err == f"error: {key}: got {got}, expected a whole number from {least} on\n"
+    assert list(folder.iterdir()) == []
