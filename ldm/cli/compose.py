@@ -22,6 +22,8 @@ from ldm.cli.errors import UserError, closest, did_you_mean, mistake, one_line
 
 # How alike two names must be for `+name` to count as a slip of the pen: max_stepz and max_steps are, max_time is not.
 SLIP = 0.8
+# The value of a setting that has to be given, which says nothing of its type.
+MISSING = "???"
 # Extras that install Hydra's launchers.
 LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 
@@ -241,7 +243,7 @@ def _fit_to_default(override: Override, plain: dict[Any, Any], config: DictConfi
     # 1.0 may mean all, where 1 means one: trainer.limit_val_batches.
     if isinstance(default, int) and isinstance(value, float) and value > 1 and value.is_integer():
         OmegaConf.update(config, key, int(value))
-    if isinstance(default, str) and "${" not in default and is_number(value):
+    if isinstance(default, str) and default != MISSING and "${" not in default and is_number(value):
         OmegaConf.update(config, key, str(value))
 
 

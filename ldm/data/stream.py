@@ -129,6 +129,7 @@ class ShardStream:
             raise no_sample(self.sources[0])
         self.sample = StreamedSample(first, seed=seed, **options)
         self.encoder_sha256, self.payload = self.sample.encoder_sha256, self.sample.payload
+        self.text_sha256 = self.sample.text_sha256
 
     def __len__(self) -> int:
         return self.settings.epoch_samples

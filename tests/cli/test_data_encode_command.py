@@ -114,6 +114,14 @@ def test_too_many_unreadable_pictures_fail_and_the_rest_is_not_encoded_again(
     assert read_json(run / "result.json")["summary"]["bad"] == 2
 
 
+def test_a_diffusion_model_trains_on_a_stream_of_pictures(files: Path) -> None:
+    stream = ["data=stream", "data.stream.epoch_samples=8", "data.resolution=16", "data.batch_size=4"]
+    words = ["requires=[]", "evaluation=null", "next_step=null", "autoencoder.path=ae.safetensors", "logger=csv"]
+    steps = ["trainer.max_steps=1", "model.sampling.num_steps=2", "model.sampling.image_size=16"]
+    data = ["data.train=set/train", "data.validation=set/validation"]
+    assert main(["train", "experiment=quickstart", *words, *stream, *steps, *data, "network.model_channels=16"]) == 0
+
+
 @pytest.mark.slow
 def test_a_model_trained_on_latents_and_embeddings_reads_prompts_when_the_shards_are_gone(
     files: Path, capsys: pytest.CaptureFixture[str]
