@@ -95,6 +95,9 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     if several := re.search(r"Multiple values for ([\w/]+)\.", text):
         return f"{several[1]}: this group has its choice already; choose another with {several[1]}=..., without a +"
     if unknown := re.search(r"Could not (?:override|delete from config\.|delete) '([^'=@]+)", text):
+        inner = re.search(r"full_key: (\S+)", str(error.__cause__))
+        if inner and inner[1].startswith(f"{unknown[1]}."):  # of a mapping: key={inner: 1}
+            return f"{unknown[1]}: it has no {inner[1].removeprefix(f'{unknown[1]}.')} yet; write +{unknown[1]}={{...}}"
         return _explain_unknown_key(unknown[1], command, overrides)
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'\n", text):
         return f"{ambiguous[1]}: several values; add -m to run each of them, or write one list: key=[a,b]"

@@ -44,6 +44,7 @@ MESSAGES = {
     ("train", TOY, "nonsense"): (
         "nonsense: Hydra cannot read this; write key=value, and quote text with signs: key='\"a, b\"'"
     ),
+    ("data encode", "targets={big: {resolution: 64}}"): "targets: it has no big yet; write +targets={...}",
     ("train", TOY, "model.width=[1,2]"): (
         "model.width: got [1, 2], expected a number, such as 4; to set a list all the same, write ++model.width=[1,2]"
     ),
