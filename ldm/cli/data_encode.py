@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COMMAND = "data encode"
 SETTINGS = ("batch_size", "text", "dtype", "text_dtype", "threads", "readers")
+# What training does to pictures, and encoding does not: a picture is encoded as its centre, once.
+OF_TRAINING = ("flip", "augmentation", "buckets", "derive")
 
 
 def encode(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -41,6 +43,7 @@ def produce(folder: RunFolder) -> dict[str, Any]:
     for part in ("autoencoder", "data"):
         if config.get(part) is None:
             raise UserError(f"{part}: {config.name} sets none, so there is nothing to encode; choose {part}=...")
+    _refuse_training(config.data)
     from ldm.generation.encode import Settings, finish, prepare
 
     with user_mistakes():
@@ -61,7 +64,7 @@ class LoadEncoders:
     """Loads the encoders of a run in whatever process encodes; can be pickled.
 
     Args:
-        config: the plain nodes autoencoder, conditioner, targets, and the run's own resolution and flips.
+        config: the plain nodes autoencoder, conditioner, targets, and the run's own resolution, flips and seed.
         device: cpu or cuda, of which each process takes its own.
     """
 
@@ -70,7 +73,12 @@ class LoadEncoders:
 
     def __call__(self) -> Encoders:
         """Builds each autoencoder once, however many targets use it."""
+        import torch
+
         from ldm.generation.encode import Encoders, Target
+
+        # An encoder without weights of its own draws them: the same in every process, and when a run goes on.
+        torch.manual_seed(self.config["seed"])
 
         built: dict[str, Any] = {}
         place = device_of_worker(self.device)
@@ -97,13 +105,24 @@ def device_of_worker(device: str) -> str:
     return f"cuda:{worker_number() % max(torch.cuda.device_count(), 1)}"
 
 
+def _refuse_training(data: DictConfig) -> None:
+    """Refuses what would change nothing of the latents; raises UserError."""
+    for name in OF_TRAINING:
+        if data.get(name):
+            remedy = "set flips=true to store mirrored ones, too" if name == "flip" else "train on the pictures for it"
+            raise UserError(
+                f"data.{name}: got a setting of training, which encoding does not follow, for it encodes the centre of "
+                f"each picture; leave it out, and {remedy}"
+            )
+
+
 def _needed(config: DictConfig, *, resolution: int | None) -> dict[str, Any]:
     """The plain config of the encoders.
 
     Raises:
         UserError: a target has a setting that there is none of, or no resolution is given.
     """
-    names = ("autoencoder", "conditioner", "targets", "flips")
+    names = ("autoencoder", "conditioner", "targets", "flips", "seed")
     plain: dict[str, Any] = {name: OmegaConf.to_container(config, resolve=True).get(name) for name in names}  # type: ignore[union-attr]
     plain["targets"] = plain["targets"] or {}
     known = ("autoencoder", "resolution", "flips")

@@ -14,9 +14,11 @@ import torch
 from cli_helpers import environment, only, read_json
 
 from ldm.autoencoders import KLAutoencoder
+from ldm.cli.data_encode import LoadEncoders
 from ldm.cli.main import main
 from ldm.conditioners import CLIPText
 from ldm.data import Record, write_shards
+from ldm.nn.fingerprint import weights_sha256
 from ldm.nn.weights import save_weights
 
 TINY = {
@@ -87,12 +89,21 @@ def test_mistakes_are_one_line(files: Path, capsys: pytest.CaptureFixture[str]) 
         (2, ["+targets.large.size=18"], "targets.large: got size, expected some of autoencoder, resolution, flips"),
         (2, ["executor=torchrun"], "executor: got torchrun without a launcher"),
         (2, ["autoencoder.path=nowhere.safetensors"], "got no weights at nowhere.safetensors"),
+        (2, ["data.flip=true"], "data.flip: got a setting of training"),
+        (2, ["data.buckets={_target_: ldm.data.buckets.Buckets, sizes: [[16, 8]]}"], "data.buckets: got a setting of"),
         (2, ["executor.workers=-1"], "executor.workers: got -1"),
     ):
         assert main([*ENCODE, *words]) == code
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and told in lines[0], lines
     assert list(files.glob("runs/*")) == []
+
+
+def test_an_encoder_without_weights_of_its_own_is_the_same_in_every_process() -> None:
+    nodes = {"autoencoder": {"_target_": "ldm.autoencoders.KLAutoencoder", **GEOMETRY}, "conditioner": None}
+    load = LoadEncoders({**nodes, "targets": {}, "resolution": 8, "flips": False, "seed": 1}, "cpu")
+    hashes = {weights_sha256(load().targets[""].autoencoder) for _ in range(2)}
+    assert len(hashes) == 1
 
 
 def test_too_many_unreadable_pictures_fail_and_the_rest_is_not_encoded_again(
