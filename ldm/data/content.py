@@ -11,6 +11,7 @@ from ldm.data.augmentation import Augmentation, SampleDraws
 from ldm.data.draws import Draws
 from ldm.data.geometry import Geometry
 from ldm.data.jpeg import decode_pixels
+from ldm.data.rows import pixels_stated
 from ldm.data.transforms import cover, is_flipped, mirror, resize
 
 # Columns that say where a picture was cut from, as SDXL's network is told (Podell et al. 2023, section 2.2).
@@ -112,8 +113,7 @@ def size_values(columns: Sequence[str], row: Mapping[str, Any], geometry: Geomet
     (width, height), scales = geometry.target, [s / o for s, o in zip(geometry.scaled, geometry.original, strict=True)]
     known = {**crop_values(row, geometry.crop, scales=scales), "target_height": height, "target_width": width}
     for name, value in zip(("original_width", "original_height"), geometry.original, strict=True):
-        stated = row.get(name)
-        known[name] = stated if isinstance(stated, int) else value
+        known[name] = pixels_stated(row.get(name)) or value
     return {name: known[name] for name in columns if name in known}
 
 

@@ -32,6 +32,12 @@ ALIASES: tuple[tuple[str, ...], ...] = (
 CASE_MATTERS = ("width", "height")
 
 
+def pixels_stated(value: Any) -> int | None:
+    """Return a side in pixels that a column states: 1024.0, too, which tables with nulls write; else None."""
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if is_whole and value > 0 else None
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """A sample whose metadata cannot be read, and why."""

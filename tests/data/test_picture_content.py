@@ -128,6 +128,13 @@ def test_the_batch_says_where_pictures_were_cut_as_sdxl_is_told(tmp_path: Path) 
     stated, own = (ShardDataset(folder, resolution=5, columns=names) for folder in (tmp_path, tmp_path / "bare"))
     assert [stated[0, 0, 0][name] for name in names] == [200, 400, 0, 2, 5, 5]
     assert [own[0, 0, 0][name] for name in names] == [22, 11, 2, 0, 5, 5]
+    (tmp_path / "table").mkdir()
+    row = b'{"original_height": 200.0, "original_width": 400.0}'  # as tables with nulls have it
+    write_tar(tmp_path / "table" / "0.tar", [("a.png", encode(photograph(20, 10))), ("a.json", row)])
+    assert [ShardDataset(tmp_path / "table", resolution=5, columns=names)[0, 0, 0][name] for name in names[:2]] == [
+        200,
+        400,
+    ]
     mirrored = ShardDataset(tmp_path, resolution=5, columns=names, flip=True)
     assert {mirrored[0, 0, epoch]["crop_left"] for epoch in range(20)} == {2, 3}
 

@@ -13,7 +13,7 @@ from ldm.data.making.area import reduce_area
 from ldm.data.making.dropped import Dropped, DroppedError
 from ldm.data.making.sources import SIZE, Extent, Item, kept_columns, parse_object
 from ldm.data.making.srgb import TooManyPixelsError, is_plain, open_picture, to_srgb
-from ldm.data.rows import ColumnNames, MissingColumnError
+from ldm.data.rows import ColumnNames, MissingColumnError, pixels_stated
 from ldm.data.shards import MAX_BYTES
 from ldm.data.similar import difference_hash
 from ldm.data.writer import SUFFIX_OF, Record, Sample, check_format, image_sample
@@ -157,8 +157,8 @@ def _caption(item: Item, row: Mapping[str, Any]) -> str:
 
 def _original_size(row: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the (width, height) that img2dataset saw before it resized the picture, where the row says it."""
-    width, height = (row.get(name) for name in SIZE)
-    return (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
+    width, height = (pixels_stated(row.get(name)) for name in SIZE)
+    return (width, height) if width and height else None
 
 
 def _record(content: bytes, preparation: Preparation) -> tuple[Record, bytes]:

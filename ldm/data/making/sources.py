@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ldm.data.rows import ColumnNames, MissingColumnError
+from ldm.data.rows import ColumnNames, MissingColumnError, pixels_stated
 
 # Columns that the writer states itself; a source's own of these names are kept as source_<name>.
 WRITTEN = ("key", "caption", "width", "height", "original_width", "original_height", "sha256", "status", "source_key")
@@ -155,7 +155,7 @@ def kept_columns(item: Item, row: Mapping[str, Any], *, caption: str) -> dict[st
     """
     if item.keep is None:
         told = ("caption", caption)  # which the writer states
-        known = {name for name in SIZE if isinstance(row.get(name), int)}
+        known = {name for name in SIZE if pixels_stated(row.get(name))}
         names = [name for name in row if name not in known and (name, str(row[name]).strip()) != told]
         chosen = {name: row[name] for name in names if name not in item.left_out}
     else:
