@@ -300,7 +300,8 @@ class ShardReader:
         return {"limit": self.limit, "remote": self.remote, "_open": OrderedDict()}
 
     def __del__(self) -> None:
-        self.close()
+        if os is not None:  # else Python itself is ending, and closes what is open
+            self.close()
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._open:

@@ -215,3 +215,13 @@ def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
 def test_pipes_and_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="expected local tar files"):
         resolve_shards(url)
+
+
+def test_a_reader_that_outlives_its_modules_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    reader = ShardReader()
+    reader.read(tmp_path / "file", 0, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.data.shards.os", None)  # as while Python ends
+        reader.__del__()
+    reader.close()
