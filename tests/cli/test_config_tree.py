@@ -128,6 +128,13 @@ def test_every_experiment_requires_commands_that_compose(experiment: str) -> Non
     assert len(plan(config)) >= len(config.requires)
 
 
+@pytest.mark.parametrize("task", sorted((CONF / "task").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_setting_of_a_task_has_the_name_of_a_group(task: Path) -> None:
+    """Of `scale=2` Hydra would take the 2 for an option of the group."""
+    settings = OmegaConf.load(task).keys() - {"defaults", "task", "sampler", "guidance"}
+    assert not {name for name in settings if (CONF / str(name)).is_dir()}
+
+
 def test_every_file_is_composed_by_one_of_these_tests() -> None:
     primaries = [file for file in FILES if "/" not in file]
     names = [config_name(command) for command in COMMANDS]

@@ -226,6 +226,8 @@ def test_interpolation_is_a_gif_and_its_frames(sample: Callable[..., Path]) -> N
 def test_two_passes_and_a_size_of_two_numbers(sample: Callable[..., Path]) -> None:
     out = sample("task=two_pass", f"prompt={PROMPT}", "image_size=[16,32]")
     assert Image.open(only(out, "00000*")).size == (64, 32)
+    out = sample("task=two_pass", "enlarge=3", f"prompt={PROMPT}", "image_size=[16,32]")
+    assert Image.open(only(out, "00000*")).size == (96, 48)
 
 
 def test_previews_and_trajectories(sample: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
