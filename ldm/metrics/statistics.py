@@ -93,7 +93,10 @@ class Statistics:
         return cls(mean.squeeze(), covariance, count, provenance)
 
     def write(self, path: Path | str) -> None:
-        """Writes an .npz that all of those projects read, whole or not at all."""
+        """Writes an .npz that clean-fid, pytorch-fid and EDM read as it is, whole or not at all.
+
+        ADM's evaluator wants mu_s, sigma_s and the images themselves (arr_0) in the same file besides.
+        """
         arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
         if self.count is not None:
             arrays["count"] = np.int64(self.count)

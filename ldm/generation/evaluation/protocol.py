@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ldm.data.writer import read_manifest
+from ldm.data.writer import MANIFEST, read_manifest
 from ldm.generation.pipeline import SamplingSettings
 
 PACKAGES = (
@@ -92,15 +92,17 @@ def sha256_of_files(files: Iterable[Path], *, known: Mapping[Path, str] | None =
 
 
 def known_hashes(shards: Iterable[Path]) -> dict[Path, str]:
-    """The SHA-256 that the manifests beside shards say of those that still have the size which they say."""
+    """The SHA-256 that the manifests beside shards say of those of that size that are not newer."""
     by_folder: dict[Path, list[Path]] = {}
     for shard in shards:
         by_folder.setdefault(shard.parent, []).append(shard)
     found = {}
     for folder, files in by_folder.items():
         entries = {entry["name"]: entry for entry in (read_manifest(folder) or {}).get("shards", [])}
+        written = (folder / MANIFEST).stat().st_mtime_ns if entries else 0
         for file in files:
-            entry = entries.get(file.name, {})
-            if entry.get("sha256") and entry.get("bytes") == file.stat().st_size:
+            entry, now = entries.get(file.name, {}), file.stat()
+            # A shard that was changed after the manifest was written may have another content of the same size.
+            if entry.get("sha256") and entry.get("bytes") == now.st_size and now.st_mtime_ns <= written:
                 found[file] = entry["sha256"]
     return found

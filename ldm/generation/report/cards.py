@@ -206,12 +206,26 @@ class Comparison:
         }
 
 
+# Figures that mean Inception's features where nothing else is said, and what its protocol calls it.
+OF_INCEPTION = ("fid", "sfid", "kid", "inception_score")
+INCEPTION = "Inception-v3 2015-12-05"
+
+
+def implied(card: Card, said: Mapping[str, Any]) -> dict[str, str]:
+    """The feature network of published figures that their names alone tell, where the run `said` which it took."""
+    names = {f"{name}.features.network" for name in OF_INCEPTION if name in card.published}
+    return dict.fromkeys(sorted(names & said.keys()), INCEPTION)
+
+
 def compare(card: Card, evaluation: EvaluationFolder) -> Comparison:
-    """What was published beside what was measured, and each setting that the card tells and the run does otherwise."""
+    """What was published beside what was measured, and each setting that the card tells and the run does otherwise.
+
+    A published figure of these names is of Inception's features, whether its card says so or not.
+    """
     figures = [Figure(name, float(value), evaluation.figure(name)) for name, value in card.published.items()]
     said = whole_protocol(evaluation)
     differences, agreeing = [], []
-    for name, published in flattened(card.protocol).items():
+    for name, published in {**implied(card, said), **flattened(card.protocol)}.items():
         measured = said.get(name, said.get(f"{name}.name", NOT_RECORDED))
         if same(published, measured):
             agreeing.append(name)

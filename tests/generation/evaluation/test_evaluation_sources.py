@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_a_split_of_several_shards_can_be_opened_again_by_what_its_protocol_says
     # A manifest's hashes stand for the bytes, and give the same hash as these do.
     plain = open_images(tmp_path).describe()["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": stated}))
+    assert open_images(tmp_path).describe()["sha256"] == plain
+
+
+def test_a_shard_that_is_newer_than_its_manifest_is_hashed_itself(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        stream = io.BytesIO()
+        Image.fromarray(pixels(1)[0]).save(stream, format="PNG")
+        member = tarfile.TarInfo("0.png")
+        member.size = len(stream.getvalue())
+        tar.addfile(member, io.BytesIO(stream.getvalue()))
+    entry = {"name": "0.tar", "num_samples": 1, "bytes": (tmp_path / "0.tar").stat().st_size, "sha256": "00" * 32}
+    plain = open_images(tmp_path).describe()["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [entry]}))
+    assert open_images(tmp_path).describe()["sha256"] != plain
+    later = (tmp_path / "manifest.json").stat().st_mtime_ns + 1
+    os.utime(tmp_path / "0.tar", ns=(later, later))
     assert open_images(tmp_path).describe()["sha256"] == plain
 
 

@@ -235,6 +235,18 @@ def test_a_card_is_compared_figure_by_figure_and_its_protocol_setting_by_setting
     assert "The sources contradict each other: 200 steps here, 500 there." in text
 
 
+def test_a_published_fid_beside_one_of_other_features_is_named(tmp_path: Path) -> None:
+    folder = write_evaluation(tmp_path / "one")
+    content = json.loads((folder / "evaluation.json").read_text())
+    networks = {"ldm.metrics.RandomFeatures": False, "Inception-v3 2015-12-05": True}
+    for network, is_same in networks.items():
+        content["metrics"]["fid"]["protocol"] = {"features": {"network": network}}
+        (folder / "evaluation.json").write_text(json.dumps(content))
+        found = compare(card(), EvaluationFolder(folder))
+        assert ("fid.features.network" in found.agreeing) is is_same
+        assert ("fid.features.network" in [one.name for one in found.differences]) is not is_same
+
+
 def test_a_wrong_card_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a.yaml: got card.protocl, which a card has not; did you mean protocol\?"):
         card(protocl={})
