@@ -167,8 +167,11 @@ def kill_in_save(folder: Path, action: Callable[[Path], None], *, trials: int) -
     return {"lines": total, **found}
 
 
-def kill_at_any_time(folder: Path, *, trials: int, longest: float = 0.1) -> dict[str, Any]:
-    """Kills, at random times, a process that saves over the same checkpoint; TMPDIR is on another disk."""
+def kill_at_any_time(folder: Path, *, trials: int, shortest: float = 0.1) -> dict[str, Any]:
+    """Kills, at random times, a process that saves over the same checkpoint; TMPDIR is on another disk.
+
+    Where none of a process' saves came through, as on a busy machine, the next one has longer.
+    """
     path, before, times = folder / "last.ckpt", set(SHARED_MEMORY.glob("*")), random.Random(0)
     os.environ["TMPDIR"] = str(SHARED_MEMORY)
     AtomicCheckpointIO().save_checkpoint(state(1, size=200_000), path)
@@ -179,11 +182,12 @@ def kill_at_any_time(folder: Path, *, trials: int, longest: float = 0.1) -> dict
             step += 1
             AtomicCheckpointIO().save_checkpoint(state(step, size=200_000), path)
 
-    steps, destroyed = [1], 0
+    steps, destroyed, longest = [1], 0, shortest
     for _ in range(trials):
         in_child(save_for_ever, kill_after=times.uniform(0.005, longest))
         destroyed += not is_valid(path)
         steps.append(step_of(path))
+        longest = longest * 1.5 if steps[-1] == steps[-2] else max(shortest, longest / 1.5)
     sweep(folder)
     # Others may use the shared memory at the same time: what is named as ours counts.
     litter = [entry.name for entry in set(SHARED_MEMORY.glob("*")) - before if "ckpt" in entry.name]

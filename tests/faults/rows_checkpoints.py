@@ -48,7 +48,7 @@ def killed_with_tmpdir_elsewhere(setting: Setting) -> Result:
     import checkpoint_trials as trials
 
     count = setting.trials(50, 10)
-    found = setting.call(lambda: trials.kill_at_any_time(_made(setting.folder / "any"), trials=count, longest=0.4))
+    found = setting.call(lambda: trials.kill_at_any_time(_made(setting.folder / "any"), trials=count, shortest=0.4))
     other = trials.SHARED_MEMORY.stat().st_dev != setting.folder.stat().st_dev
     saved = found["steps"][-1] - 1
     held = found["destroyed"] == 0 and not found["litter"] and saved > 0 and found["steps"] == sorted(found["steps"])
