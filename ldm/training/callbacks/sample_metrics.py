@@ -19,7 +19,11 @@ from ldm.generation.evaluation.folder import clear
 from ldm.generation.evaluation.prompts import caption_prompts
 from ldm.generation.evaluation.protocol import describe_settings
 from ldm.generation.evaluation.workers import RankWorkers
+from ldm.generation.pipeline import SamplingSettings
 from ldm.training.callbacks.cadence import Cadence, outside_training
+
+# What `sampling` may change.
+SETTINGS = frozenset({*(field.name for field in fields(SamplingSettings)), "negative_prompt"})
 
 
 class SampleMetrics(pl.Callback):
@@ -49,7 +53,7 @@ class SampleMetrics(pl.Callback):
         bad_images: what becomes of real images that cannot be read: refuse, or skip, for which each is tried first.
 
     Raises:
-        ValueError: no metric, or a count below 1.
+        ValueError: no metric, a count below 1, or a setting of sampling that there is not.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class SampleMetrics(pl.Callback):
             raise ValueError(f"got num_images={num_images} and batch_size={batch_size}, expected at least 1 of each")
         if keep_images and folder is None:
             raise ValueError("got keep_images without a folder, expected one to keep them in; set folder")
+        if unknown := sorted(set(sampling or {}) - SETTINGS):
+            raise ValueError(f"got sampling.{unknown[0]}, expected some of {', '.join(sorted(SETTINGS))}")
         self.cadence = Cadence(every_n_steps)
         self.metrics = dict(metrics)
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
@@ -163,7 +169,12 @@ class SampleMetrics(pl.Callback):
         settings = getattr(pl_module, "sampling", None)
         described = describe_settings(_replaced(settings, self.sampling)) if settings is not None else {}
         decay = getattr(getattr(pl_module, "ema", None), "decay", None)
-        return {**described, "checkpoint": {"path": None, "sha256": None, "step": step}, "ema": decay}
+        return {
+            **described,
+            "negative_prompt": self.sampling.get("negative_prompt", ""),
+            "checkpoint": {"path": None, "sha256": None, "step": step},
+            "ema": decay,
+        }
 
     def _prepared(self, data: Any) -> Evaluation:
         if self._evaluation is None:

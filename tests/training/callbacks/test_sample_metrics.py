@@ -9,9 +9,11 @@ from threading import Barrier
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.testing import assert_close
 
+from ldm.cli.compose import conf_folder
 from ldm.generation.evaluation.workers import RankWorkers
 from ldm.metrics import FrechetDistance, InceptionScore, KernelDistance
 from ldm.training.callbacks import BestCheckpoint, SampleMetrics, StopEarly
@@ -153,6 +155,25 @@ def test_what_would_fail_after_sampling_fails_when_training_starts(tiny, data, f
 def test_rounds_between_validations_are_left_out(tiny, data, fit) -> None:
     validating(fit, tiny, data, metrics(every_n_steps=4), max_steps=8)
     assert sum(len(seeds) for _, seeds in tiny.sampled) == 20
+
+
+def test_a_setting_of_sampling_that_there_is_not_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"got sampling\.num_stepss, expected some of .*num_steps"):
+        metrics(sampling={"num_stepss": 8})
+
+
+def test_the_protocol_tells_what_guidance_leads_away_from(tiny, data, tmp_path) -> None:
+    measured(metrics(sampling={"negative_prompt": "grey", "num_steps": 2}), data, tiny, tmp_path)
+    protocol = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]
+    assert protocol["negative_prompt"] == "grey"
+
+
+@pytest.mark.parametrize("name", ["fid", "digits_fid"])
+def test_a_callback_of_metrics_takes_settings_of_sampling(name: str) -> None:
+    with initialize_config_dir(str(conf_folder()), version_base=None):
+        overrides = ["experiment=quickstart", f"+callback={name}", "callback.sample_metrics.sampling={num_steps: 8}"]
+        config = compose("train", overrides=overrides)
+    assert config.callback.sample_metrics.sampling == {"num_steps": 8}
 
 
 def test_no_metric_is_refused() -> None:
