@@ -22,6 +22,7 @@ from ldm.cli.job import quote
 from ldm.cli.papers_build import decimals
 from ldm.cli.reproduce_evaluation import evaluation_overrides, measured_metrics, miniature
 from ldm.cli.run_folder import RunFolder, write_json
+from ldm.cli.unread import refuse_unread
 
 if TYPE_CHECKING:
     from ldm.generation.report import Card
@@ -57,7 +58,7 @@ def reproduce(config: DictConfig, overrides: Sequence[str]) -> None:
     """Trains, evaluates and judges.
 
     Raises:
-        UserError: the experiment has no card, or a setting is wrong.
+        UserError: the experiment has no card, or a setting is wrong or changes nothing.
         RunFailed: training failed, or a figure is worse than published, or none was measured.
     """
     card = card_of(config)
@@ -66,7 +67,9 @@ def reproduce(config: DictConfig, overrides: Sequence[str]) -> None:
     # A mistake in it shows now, and not behind weeks of training.
     rows = chosen_rows(card, settings.rows)
     base = [item for item in overrides if item.lstrip("+~").partition("=")[0].partition(".")[0] != OWN]
-    folder = run_chain("train", compose_command("train", base), base)
+    trained = compose_command("train", base)
+    refuse_unread(trained, base)
+    folder = run_chain("train", trained, base)
     if rank():
         return
     verdicts, told = [], []

@@ -134,6 +134,7 @@ def test_mistakes_are_one_line_each(
         lambda: "reproduce.tolerance: got small, expected a share" in fails("ldm4_ffhq", "reproduce.tolerance=small"),
         lambda: "num_samples: got 0, expected a positive" in fails("ldm4_ffhq", "reproduce.num_samples=0"),
         lambda: "got 9 for an autoencoder, which reconstructs all" in fails("vq_f4", "reproduce.num_samples=9"),
+        lambda: "nothing in paper_vq_f4 reads schedule" in fails("vq_f4", "schedule=cosine"),
         # Before anything is trained, that is, although data/ffhq is not there.
         lambda: "got the row scale_2, expected scale_1_25" in fails("ldm4_imagenet", "reproduce.rows=scale_2"),
     ]
