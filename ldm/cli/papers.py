@@ -73,7 +73,7 @@ def list_all(chosen: Sequence[Paper]) -> None:
         [
             paper.experiment.rpartition("/")[2],
             paper.card.name,
-            " + ".join(str(value) for value in _counts(paper.card)),
+            _counts(paper.card),
             _number(paper.card.training.get("batch_size")),
             _number(paper.card.training.get("lr")),
             _number(paper.card.training.get("steps")),
@@ -85,9 +85,12 @@ def list_all(chosen: Sequence[Paper]) -> None:
     say(f"{len(rows)} cards; `ldm papers NAME` shows one, `ldm reproduce NAME` runs it", style="dim")
 
 
-def _counts(card: Card) -> Iterable[float | str]:
-    names = [name for name in ("network", "encoder", "first_stage") if name in card.parameters]
-    return [card.parameters[name] for name in names] or list(card.parameters.values())
+def _counts(card: Card) -> str:
+    """What a card says of its parts; where it leaves out the network, other parts would be read as that."""
+    given = card.parameters
+    if "network" in card.total_of and "network" not in given:
+        return f"{given['total']} in all" if "total" in given else "–"
+    return " + ".join(str(given[name]) for name in ("network", "encoder", "first_stage") if name in given) or "–"
 
 
 def show_one(paper: Paper, runs: Path) -> None:

@@ -27,6 +27,9 @@ def test_cards_are_listed_and_one_is_shown_beside_a_run(folder: Path, capsys: py
     assert main(["papers"]) == 0
     said = capsys.readouterr().out
     assert "sd2_x4" in said and "LDM-4-G, ImageNet 256" in said
+    # The table has the sum alone: the first stage's 69.5 M must not be read as the network's.
+    (line,) = [line for line in said.splitlines() if line.startswith("celebahq_ldm16 ")]
+    assert "260 in all" in line and "69.5" not in line
     place = folder / "runs/paper_ldm8_churches/1"
     write_evaluation(place / "evaluations/a", fid=6.5)
     assert main(["papers", "ldm8_churches"]) == 0
