@@ -201,7 +201,8 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [("images/s", f"{plan.images_per_second:,.1f}, {each:,.2f} a GPU")]
     if plan.hours is not None:
         taken = f"{plan.hours / 24:,.2f} days" if plan.hours >= 24 else f"{plan.hours:,.2f} hours"
-        rows.append((f"{plan.max_steps:,} steps", f"{taken}, {plan.hours * plan.place.gpus:,.2f} GPU-hours"))
+        together = plan.hours * plan.place.gpus
+        rows.append((f"{plan.max_steps:,} steps", f"{taken}, {together:,.{0 if together >= 100 else 2}f} GPU-hours"))
     return rows
 
 
