@@ -14,7 +14,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
-  vertical-align: top; } td:last-child { overflow-wrap: anywhere; max-width: 20rem; }
+  vertical-align: top; } td:last-child { overflow-wrap: anywhere; min-width: 4rem; max-width: 20rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; } .note { color: var(--soft); }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; } figcaption { color: var(--soft); }
