@@ -68,7 +68,11 @@ def _copy(kept: ShardKept, path: Path) -> str:
     index, reader = open_index(kept.path), ShardReader()
     keys = set(kept.keys)
     with replacing(path) as temporary:
-        with TarWriter(str(temporary), encoder=False, mtime=0, user="", group="", compress=False) as tar:
+        # An open file, because of a path webdataset refuses to open any once a stream has made it careful.
+        with (
+            temporary.open("wb") as file,
+            TarWriter(file, encoder=False, mtime=0, user="", group="", compress=False) as tar,
+        ):
             for row, key in enumerate(index.keys):
                 if key in keys:
                     tar.write({"__key__": key, **_members(index, row, reader)})

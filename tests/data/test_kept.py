@@ -89,6 +89,17 @@ def test_new_shards_hold_the_kept_samples_byte_for_byte(write_noise: WriteNoise,
     ]  # fmt: skip
 
 
+def test_new_shards_are_written_after_a_stream_was_read(
+    write_noise: WriteNoise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from webdataset import utils
+
+    monkeypatch.setenv("WDS_SECURE", "1")
+    monkeypatch.setattr(sys.modules[utils.__name__], "enforce_security", True)
+    filter_shards(write_noise(3), Filter("width > 0"), tmp_path / "new", write="shards")
+    assert index_shard(tmp_path / "new" / "00000.tar").keys
+
+
 def test_new_shards_of_nothing_are_refused_and_unreadable(write_noise: WriteNoise, tmp_path: Path) -> None:
     folder = write_noise(5)
     with pytest.raises(ValueError, match="keeps no sample"):
