@@ -147,8 +147,16 @@ def _check_is_trainable(model: PretrainedModel) -> None:
 
 
 def _annotations(data: ShardDataModule) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The caption and the json of every training sample."""
+    """The caption and the json of every training sample.
+
+    Raises:
+        ValueError: they come as a stream, which cannot be looked through before.
+    """
     dataset = data.dataset("train")
+    if not hasattr(dataset, "annotation"):
+        raise ValueError(
+            "got data.mode=stream, expected indexed: priors and a new word are looked for in all samples first"
+        )
     return map(dataset.annotation, range(len(dataset)))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.conditioners import CLIPText, Combined, Conditioner, OpenCLIPText, SizeCrop, TextEncoder
-from ldm.data import Record, ShardDataModule, write_shards
+from ldm.data import Record, ShardDataModule, StreamSettings, write_shards
 from ldm.diffusion.weightings import MinSNR
 from ldm.generation import Pipeline
 from ldm.interop import write_ldm
@@ -261,6 +261,12 @@ def test_a_weight_for_priors_needs_the_column(make_data: MakeData, make_trainer:
             "shards without a picture of the class, expected samples",
         ),
         ({"adapter": TextualInversion("my-cat", "a cat")}, {}, 1, "token=my-cat, which no caption of data.train holds"),
+        (
+            {"adapter": TextualInversion("my-cat", "a cat")},
+            {"mode": "stream", "stream": StreamSettings(epoch_samples=20)},
+            1,
+            "data.mode=stream, expected indexed",
+        ),
         ({}, {"resolution": 14}, 1, "data.resolution=14, expected a multiple of 4.*; set data.resolution=16"),
         ({}, {}, 0, "trainer.max_steps=0, expected at least 1"),
         (
@@ -270,7 +276,7 @@ def test_a_weight_for_priors_needs_the_column(make_data: MakeData, make_trainer:
             r"expected original_height, .* too, .*set data.columns=\[number,crop_top,original_height,",
         ),
     ],
-    ids=["priors", "word", "resolution", "steps", "columns"],
+    ids=["priors", "word", "stream", "resolution", "steps", "columns"],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(
     options: dict[str, Any],
